@@ -1,0 +1,17 @@
+"""Networks, the plan of what is factorised, and PEFT attached after it."""
+
+from fedloru_flwr.models.networks import MLP, MODELS, NetworkFactory, ResNet, SmallCNN
+from fedloru_flwr.models.plan import AdapterPlan, PlanError, build_seeded, plan_adapter, plan_full
+
+__all__ = [
+    "MLP",
+    "MODELS",
+    "AdapterPlan",
+    "NetworkFactory",
+    "PlanError",
+    "ResNet",
+    "SmallCNN",
+    "build_seeded",
+    "plan_adapter",
+    "plan_full",
+]

@@ -1,0 +1,23 @@
+"""A run on disk, in pictures and on the terminal."""
+
+from fedloru_flwr.runs.console import RoundProgress, closing_table, round_line
+from fedloru_flwr.runs.curves import draw_curves
+from fedloru_flwr.runs.directory import (
+    ROUND_DEFAULTS,
+    SUMMARY_KEYS,
+    OutputError,
+    RunDirectory,
+    RunExistsError,
+)
+
+__all__ = [
+    "ROUND_DEFAULTS",
+    "SUMMARY_KEYS",
+    "OutputError",
+    "RoundProgress",
+    "RunDirectory",
+    "RunExistsError",
+    "closing_table",
+    "draw_curves",
+    "round_line",
+]

@@ -1,0 +1,114 @@
+"""Load what a server or one client works with."""
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from fedloru_flwr.data.partitioning import partition
+from fedloru_flwr.data.samples import ClientData, DataConfig, DataSpec, Samples, check, fault, generator
+from fedloru_flwr.data.sources import encode, load_source, read_own
+
+
+def validate(config: DataConfig) -> None:
+    """Check everything that can be checked before a client starts: the settings, the source, the partitions.
+
+    Raises:
+        DataError: a setting is unknown or impossible, the source cannot be read, all training samples have
+            one label, or the samples do not go round. The message says how to mend it.
+    """
+    partition_indices(config)
+    source = load_source(config)
+    if bool((source.train.labels == source.train.labels[0]).all()):
+        problem = f"all {len(source.train.labels)} training samples have the same label"
+        raise fault("label-column", config.label_column, problem, "Give samples of two classes or more")
+
+
+def load_central(config: DataConfig) -> tuple[Samples, DataSpec]:
+    """Return the central test samples: the source's ``test`` split, else a fixed ``test_fraction`` of it.
+
+    Raises:
+        DataError: see `validate`.
+    """
+    check(config)
+    source = load_source(config)
+    return source.test.samples(), source.spec
+
+
+def partition_indices(config: DataConfig) -> list[np.ndarray]:
+    """Return the indices into the training part of each client's samples (ascending, read-only).
+
+    Together they hold every index once. They depend on the settings only, not on any global random state.
+
+    Raises:
+        DataError: see `validate`.
+    """
+    check(config)
+    return list(_partition(config))
+
+
+def load_client(config: DataConfig, partition_id: int) -> tuple[ClientData, DataSpec]:
+    """Return the samples of client ``partition_id``, for a simulation.
+
+    ``held_out_fraction`` of them, at least one and not all, are held out; which ones depends on
+    ``(seed, partition_id)`` only. Both parts are shuffled.
+
+    Raises:
+        DataError: ``partition_id`` is not in ``0..num_clients-1``; for the rest see `validate`.
+    """
+    check(config)
+    if not 0 <= partition_id < config.num_clients:
+        problem = f"with num-clients = {config.num_clients} they go from 0 to {config.num_clients - 1}"
+        raise fault("partition-id", partition_id, problem, "Start as many SuperNodes as num-clients says")
+    return _client(config, partition_id), load_source(config).spec
+
+
+def load_own(path: str | Path, config: DataConfig) -> tuple[ClientData, DataSpec]:
+    """Return the samples in a client's own file or folder, for a deployment: all are its own.
+
+    Its ``test`` split, where it has one, is held out; else ``held_out_fraction`` of the samples, at least
+    one and not all. Since a client may lack a class, the order of the classes cannot be told from its own
+    samples: ``classes`` or ``num_classes`` must say it, unless the file itself declares the class names.
+
+    Raises:
+        DataError: the path cannot be read, has fewer than two samples, or has a label out of place.
+    """
+    check(replace(config, dataset="local", data_path=str(path)))
+    return _own(str(path), config)
+
+
+@lru_cache(maxsize=4)
+def _partition(config: DataConfig) -> tuple[np.ndarray, ...]:
+    source = load_source(config)
+    parts = partition(source.train.labels.numpy(), source.groups, config)
+    for part in parts:
+        part.setflags(write=False)
+    return tuple(parts)
+
+
+@lru_cache(maxsize=32)
+def _client(config: DataConfig, partition_id: int) -> ClientData:
+    samples = load_source(config).train.samples(_partition(config)[partition_id])
+    return _hold_out(samples, config, generator("client", config.seed, partition_id))
+
+
+@lru_cache(maxsize=2)
+def _own(path: str, config: DataConfig) -> tuple[ClientData, DataSpec]:
+    splits = read_own(path, config)
+    if not (config.classes or config.num_classes or splits["train"].class_names):
+        problem = "the order of the classes cannot be told from the samples of one client"
+        raise fault("num-classes", 0, problem, "Set num-classes for integer labels, or classes for names")
+    stored, spec = encode(splits, config)
+    train = stored["train"].samples()
+    if "test" in stored:
+        return ClientData(train, stored["test"].samples()), spec
+    if len(train) < 2:
+        raise fault("data-path", path, "it has a single sample", "Give one to train on and one to hold out")
+    return _hold_out(train, config, generator("own", config.seed)), spec
+
+
+def _hold_out(samples: Samples, config: DataConfig, rng: np.random.Generator) -> ClientData:
+    order = rng.permutation(len(samples))
+    held = min(max(1, round(config.held_out_fraction * len(samples))), len(samples) - 1)
+    return ClientData(train=samples.subset(order[held:]), held_out=samples.subset(order[:held]))

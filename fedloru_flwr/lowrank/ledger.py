@@ -1,0 +1,90 @@
+"""The ledger: what has been accumulated, in order, each entry named by a digest of the whole past.
+
+The root digest names ``W0``; an entry's digest is ``sha256(previous digest, scale, factors)``. So the last digest names
+the model's whole lineage, and two parties that hold the same digest hold the same model.
+"""
+
+import hashlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedloru_flwr.lowrank.factors import Adapter
+
+
+def digest_tensors(tensors: Mapping[str, Tensor], *, salt: bytes = b"") -> str:
+    """Return the SHA-256 (hexadecimal) of names, dtypes, shapes and values, independent of the dict's order."""
+    digest = hashlib.sha256(salt)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1e".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One accumulated adapter: the model gained ``scale * B A`` in every layer.
+
+    Attributes:
+        digest: names the lineage that ends with this entry.
+        previous: the digest before it (the root's for the first).
+        scale: ``s``.
+        adapter: the factors.
+    """
+
+    digest: str
+    previous: str
+    scale: float
+    adapter: Adapter
+
+    @classmethod
+    def after(cls, previous: str, adapter: Adapter, scale: float) -> "Entry":
+        """Chain an adapter to the lineage ``previous``."""
+        salt = previous.encode() + struct.pack("<d", scale)
+        return cls(digest_tensors(adapter, salt=salt), previous, scale, adapter)
+
+    def verify(self) -> None:
+        """Raise ``ValueError`` if the digest does not belong to the content."""
+        if Entry.after(self.previous, self.adapter, self.scale).digest != self.digest:
+            raise ValueError(f"ledger entry {self.digest[:12]} does not match its content: it is corrupt or forged")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The accumulated entries in order; a value that is never changed.
+
+    Attributes:
+        root: the digest of ``W0``.
+        entries: the entries, oldest first.
+    """
+
+    root: str
+    entries: tuple[Entry, ...] = field(default=())
+
+    @property
+    def lineage(self) -> str:
+        """The digest of the last entry, or the root's: the name of the model's whole past."""
+        return self.entries[-1].digest if self.entries else self.root
+
+    @property
+    def version(self) -> int:
+        """The number of accumulations."""
+        return len(self.entries)
+
+    def append(self, adapter: Adapter, scale: float) -> "Ledger":
+        """Return the ledger with one entry more."""
+        return Ledger(self.root, (*self.entries, Entry.after(self.lineage, adapter, scale)))
+
+    def missing(self, held: str) -> tuple[Entry, ...] | None:
+        """The entries that somebody at lineage ``held`` lacks, oldest first; None if ``held`` is not of this ledger."""
+        if held == self.root:
+            return self.entries
+        for index, entry in enumerate(self.entries):
+            if entry.digest == held:
+                return self.entries[index + 1 :]
+        return None

@@ -1,0 +1,303 @@
+"""Which parts of a model are factorised, trained densely, averaged as statistics, or left frozen.
+
+The plan is a function of the plain model and a few settings alone, so the server and every client make the same one,
+and only the settings travel.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fedloru_flwr.lowrank import FactorisedLayer, derive_seed, seeded
+from fedloru_flwr.lowrank.factors import Kind
+
+TargetModules = str | Sequence[str] | None
+_KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
+    (nn.Linear, "linear"),
+    (nn.Conv1d, "conv1d"),
+    (nn.Conv2d, "conv2d"),
+    (nn.Embedding, "embedding"),
+)
+TYPE_NAMES = ("Linear", "Conv1d", "Conv2d", "Embedding", "Conv1D")
+_TRANSPOSED_LINEAR = "Conv1D"  # transformers' GPT-2 layer: a linear layer that stores (in, out)
+_HEAD_SHARE = 0.25
+
+
+class PlanError(ValueError):
+    """The settings cannot be applied to the model."""
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What of a model travels, and as what.
+
+    Attributes:
+        layers: the factorised layers, in the model's order.
+        dense_leaves: parameters trained as they are (norms, biases, stem, head), in the model's order.
+        statistics: floating-point buffers, averaged and never stepped.
+        base: the frozen rest of the parameters, among them the factorised weights ``W``.
+        scale: ``s = alpha / rank``.
+        notes: what was left dense and why, for people.
+    """
+
+    layers: tuple[FactorisedLayer, ...]
+    dense_leaves: tuple[str, ...]
+    statistics: tuple[str, ...]
+    base: tuple[str, ...]
+    scale: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def factor_keys(self) -> tuple[str, ...]:
+        """Keys of the adapter: ``A`` then ``B`` of each layer."""
+        return tuple(key for layer in self.layers for key in (layer.a_key, layer.b_key))
+
+    @property
+    def trainable_keys(self) -> tuple[str, ...]:
+        """Keys of the Trainables in their fixed order: the adapter, then the dense leaves."""
+        return (*self.factor_keys, *self.dense_leaves)
+
+
+def _kind(module: nn.Module) -> Kind | None:
+    if type(module).__name__ == _TRANSPOSED_LINEAR and type(module).__module__.startswith("transformers"):
+        return "linear"
+    return next((kind for cls, kind in _KINDS if isinstance(module, cls)), None)
+
+
+def _obstacle(name: str, module: nn.Module, shared: dict[int, list[str]], inside_attention: set[str]) -> str | None:
+    """Why this layer cannot be factorised safely, or None."""
+    weight = module._parameters.get("weight")
+    if parametrize.is_parametrized(module) or weight is None:
+        return "its weight is computed from other parameters (parametrisation or weight norm)"
+    if name in inside_attention:
+        return "nn.MultiheadAttention reads its weight directly, so that factors would get no gradient"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1:
+        return f"it is a grouped convolution (groups={module.groups}), whose product cannot be folded"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "it renormalises its rows in place (max_norm)"
+    if len(shared[id(weight)]) > 1:
+        others = [other for other in shared[id(weight)] if other != f"{name}.weight"]
+        return f"its weight is shared with {', '.join(others) or 'another place in the model'}"
+    if not weight.is_floating_point():
+        return f"its weight has dtype {weight.dtype}"
+    return None
+
+
+def _layer(name: str, module: nn.Module, kind: Kind, rank: int) -> FactorisedLayer:
+    transposed = kind == "embedding" or type(module).__name__ == _TRANSPOSED_LINEAR
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return FactorisedLayer(name, kind, tuple(weight.shape), rank, transposed)
+
+
+def _as_names(target_modules: TargetModules) -> tuple[str, ...]:
+    if target_modules is None:
+        return ()
+    parts = target_modules.split(",") if isinstance(target_modules, str) else list(target_modules)
+    names = tuple(part.strip() for part in parts if part.strip())
+    return () if names in ((), ("auto",)) else names
+
+
+def _matches(target: str, name: str, module: nn.Module) -> bool:
+    if target in TYPE_NAMES:
+        return type(module).__name__ == target or (
+            target != _TRANSPOSED_LINEAR and isinstance(module, getattr(nn, target))
+        )
+    return name == target or name.endswith(f".{target}")
+
+
+def _head(candidates: list[tuple[str, nn.Module]], total: int) -> str | None:
+    """The output layer, where it is a small part of the model: the last linear layer of the model."""
+    linear = [(name, module) for name, module in candidates if isinstance(module, nn.Linear)]
+    if len(candidates) < 2 or not linear:
+        return None
+    name, module = linear[-1]
+    is_last = name == candidates[-1][0]
+    return name if is_last and module.weight.numel() <= _HEAD_SHARE * total else None
+
+
+def plan_adapter(
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    target_modules: TargetModules = None,
+    dense_leaves: str | Sequence[str] = "all",
+) -> AdapterPlan:
+    r"""Choose the layers to factorise and sort the rest of the model.
+
+    Without ``target_modules`` (or with ``"auto"``) a linear, convolutional or embedding layer is factorised if it is
+    trainable, both its dimensions exceed the rank, ``r (in + out) <= in out / 2`` (factors halve its bytes at least),
+    and nothing makes it unsafe; the output layer stays dense unless it holds more than a quarter of the model's
+    parameters. With ``target_modules``, exactly the named layers are: names or dotted suffixes (``"fc1"``,
+    ``"layer1.0.conv1"``) and types (``"Linear"``, ``"Conv2d"``, ``"Embedding"``, GPT-2's ``"Conv1D"``).
+
+    Args:
+        model: the plain model; it is not changed.
+        rank: ``r``, at least 1.
+        alpha: LoRA's alpha; the scale is ``alpha / r``.
+        target_modules: a comma-separated string or a sequence, see above.
+        dense_leaves: ``"all"`` trains every other trainable parameter as it is, ``"none"`` freezes them, names or
+            dotted prefixes choose.
+
+    Raises:
+        PlanError: for a rank or alpha that is not positive, a target that matches no layer or one that cannot be
+            factorised, and when no layer is left to factorise.
+    """
+    if rank < 1:
+        raise PlanError(f"rank must be at least 1, got {rank}")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise PlanError(f"alpha must be a positive number, got {alpha}")
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    inside_attention = {
+        f"{name}.out_proj" if name else "out_proj"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    candidates = [(name, module) for name, module in model.named_modules() if _kind(module) is not None]
+    targets = _as_names(target_modules)
+    chosen: list[FactorisedLayer] = []
+    notes: list[str] = []
+    if targets:
+        matched = {target: [n for n, m in candidates if _matches(target, n, m)] for target in targets}
+        for target, names in matched.items():
+            if not names:
+                found = ", ".join(name for name, _ in candidates) or "none"
+                raise PlanError(
+                    f"target-modules: {target!r} matches no linear, convolutional or embedding layer; the model has: "
+                    f"{found}. Name one of them, a type ({', '.join(TYPE_NAMES)}), or leave it at 'auto'"
+                )
+        wanted = {name for names in matched.values() for name in names}
+    else:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        head = _head(candidates, total)
+        wanted = set()
+        for name, module in candidates:
+            weight = module._parameters.get("weight")
+            if name == head:
+                notes.append(f"{name}: the output layer stays dense")
+            elif weight is not None and not weight.requires_grad:
+                notes.append(f"{name}: frozen in the model, left so; name it in target-modules to train it")
+            else:
+                wanted.add(name)
+    for name, module in candidates:
+        if name not in wanted:
+            continue
+        kind = _kind(module)
+        assert kind is not None
+        obstacle = _obstacle(name, module, shared, inside_attention)
+        if obstacle is not None:
+            by_name = any(_matches(target, name, module) for target in targets if target not in TYPE_NAMES)
+            if by_name:
+                raise PlanError(f"target-modules: {name!r} cannot be factorised, since {obstacle}; leave it out")
+            notes.append(f"{name}: stays dense, since {obstacle}")
+            continue
+        layer = _layer(name, module, kind, rank)
+        if layer.max_rank <= rank:
+            size = f"{layer.out_features} x {layer.in_features}"
+            notes.append(f"{name}: stays dense, its dimensions ({size}) do not exceed the rank {rank}")
+        elif not targets and 2 * rank * (layer.out_features + layer.in_features) > math.prod(layer.weight_shape):
+            notes.append(f"{name}: stays dense, factors of rank {rank} would not halve its bytes")
+        else:
+            chosen.append(layer)
+    if not chosen:
+        why = "; ".join(notes) or "the model has no linear, convolutional or embedding layer"
+        raise PlanError(f"no layer is left to factorise at rank {rank}: {why}. Lower the rank or name target-modules")
+    return _sort_rest(model, tuple(chosen), alpha / rank, dense_leaves, tuple(notes))
+
+
+def plan_full(model: nn.Module) -> AdapterPlan:
+    """The plan of full-rank training: nothing is factorised, every trainable parameter is a dense leaf."""
+    plan = _sort_rest(model, (), 1.0, "all", ())
+    if not plan.dense_leaves:
+        raise PlanError("the model has no trainable parameter: every one has requires_grad = False")
+    return plan
+
+
+def _sort_rest(
+    model: nn.Module,
+    layers: tuple[FactorisedLayer, ...],
+    scale: float,
+    dense_leaves: str | Sequence[str],
+    notes: tuple[str, ...],
+) -> AdapterPlan:
+    factorised = {layer.weight_key for layer in layers}
+    wanted = _dense_filter(dense_leaves, [name for name, _ in model.named_parameters()])
+    dense: list[str] = []
+    base: list[str] = []
+    for name, parameter in model.named_parameters():
+        trainable = parameter.requires_grad and name not in factorised and wanted(name)
+        (dense if trainable else base).append(name)
+    return AdapterPlan(layers, tuple(dense), tuple(_statistics(model)), tuple(base), scale, notes)
+
+
+def _dense_filter(dense_leaves: str | Sequence[str], names: list[str]) -> Callable[[str], bool]:
+    if dense_leaves == "all":
+        return lambda name: True
+    if dense_leaves == "none":
+        return lambda name: False
+    parts = dense_leaves.split(",") if isinstance(dense_leaves, str) else list(dense_leaves)
+    prefixes = tuple(part.strip() for part in parts if part.strip())
+
+    def matches(prefix: str, name: str) -> bool:
+        return name == prefix or name.startswith(f"{prefix}.")
+
+    for prefix in prefixes:
+        if not any(matches(prefix, name) for name in names):
+            raise PlanError(f"dense-leaves: {prefix!r} matches no parameter; use 'all', 'none' or names or prefixes")
+    return lambda name: any(matches(prefix, name) for prefix in prefixes)
+
+
+def _statistics(model: nn.Module) -> Iterable[str]:
+    saved = model.state_dict(keep_vars=True)
+    return [name for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()]
+
+
+def has_fused_transformer(model: nn.Module) -> bool:
+    """Whether torch would run parts of the model in a fused inference path that ignores adapters."""
+    return any(isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention) for module in model.modules())
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the model has batch normalisation, which cannot train on a single sample."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a plain model, detached, on the CPU and not shared with it; tied entries are tied no more."""
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Map every parameter name of the state dict to the name under which a tied parameter is counted."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[name] = first.setdefault(id(parameter), name)
+    return names
+
+
+def exact_pattern(names: Sequence[str]) -> str:
+    """A regular expression that matches exactly these module names."""
+    return "|".join(re.escape(name) for name in names)
+
+
+def build_seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Call a model factory with the global generators seeded, and leave them as they were.
+
+    Torch, NumPy and Python are seeded, so that a factory that draws its initial weights gives the same ones on
+    every machine of one kind.
+
+    Raises:
+        PlanError: if the factory does not return an ``nn.Module``.
+    """
+    with seeded(derive_seed(seed, "model")):
+        model = factory()
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"the model factory must return a torch.nn.Module, it returned {type(model).__name__}")
+    return model

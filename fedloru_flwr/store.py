@@ -1,0 +1,152 @@
+"""Bases and ledger entries by digest, on disk, memory-mapped.
+
+One directory holds what a machine has received: ``bases/<lineage>.safetensors``, ``entries/<lineage>.safetensors`` and,
+for every client that lives here, the lineage it holds. In a simulation all virtual clients share the directory, while
+each one's holdings are tracked apart, as if it were a machine of its own; on a deployed client it lies on its disk.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fedloru_flwr.lowrank import Entry
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_DEFAULT_BYTES = 4 * 2**30
+
+
+def default_path() -> Path:
+    """``$FEDLORU_STORE``, else ``fedloru`` in Flower's home (``$FLWR_HOME`` or ``~/.flwr``)."""
+    if explicit := os.environ.get("FEDLORU_STORE"):
+        return Path(explicit)
+    home = os.environ.get("FLWR_HOME")
+    return (Path(home) if home else Path.home() / ".flwr") / "fedloru"
+
+
+class Store:
+    """What one machine holds, addressed by lineage digests.
+
+    Files appear complete or not at all, and several processes may use one directory. Old files go when the
+    total exceeds ``max_bytes``; a client that misses one asks the server for it.
+
+    Args:
+        path: the directory; it is made when first written to.
+        max_bytes: size above which the least recently used files are removed.
+    """
+
+    def __init__(self, path: Path, max_bytes: int = _DEFAULT_BYTES) -> None:
+        self.path = path
+        self.max_bytes = max_bytes
+
+    def _file(self, kind: str, digest: str) -> Path:
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError(f"expected a SHA-256 digest in hexadecimal, got {digest[:80]!r}")
+        return self.path / kind / f"{digest}.safetensors"
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+        from safetensors.torch import save
+
+        payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+        _replace(path, payload)
+        self._trim(keep=path)
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+                metadata = dict(file.metadata() or {})
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError):
+            path.unlink(missing_ok=True)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return tensors, metadata
+
+    def put_base(self, lineage: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the frozen parameters that ``lineage`` names, unless they are here."""
+        path = self._file("bases", lineage)
+        if not path.exists():
+            self._write(path, tensors, {})
+
+    def has_base(self, lineage: str) -> bool:
+        """Whether the base that ``lineage`` names is here."""
+        return self._file("bases", lineage).exists()
+
+    def base(self, lineage: str) -> dict[str, Tensor] | None:
+        """The frozen parameters that ``lineage`` names, or None."""
+        found = self._read(self._file("bases", lineage))
+        return None if found is None else found[0]
+
+    def put_entry(self, entry: Entry) -> None:
+        """Keep a ledger entry, unless it is here."""
+        path = self._file("entries", entry.digest)
+        if not path.exists():
+            self._write(path, entry.adapter, {"previous": entry.previous, "scale": repr(entry.scale)})
+
+    def entry(self, digest: str) -> Entry | None:
+        """The entry of this digest, or None; one that does not match its digest is removed and counts as absent."""
+        path = self._file("entries", digest)
+        found = self._read(path)
+        if found is None:
+            return None
+        tensors, metadata = found
+        try:
+            entry = Entry(digest, metadata["previous"], float(metadata["scale"]), tensors)
+            entry.verify()
+        except (KeyError, ValueError):
+            path.unlink(missing_ok=True)
+            return None
+        return entry
+
+    def _holdings(self, root: str, client: str) -> Path:
+        name = hashlib.sha256(f"{root}\x1f{client}".encode()).hexdigest()
+        return self.path / "clients" / f"{name}.txt"
+
+    def held(self, root: str, client: str) -> str | None:
+        """The lineage that ``client`` holds of the models that descend from ``root``, or None."""
+        try:
+            text = self._holdings(root, client).read_text().strip()
+        except OSError:
+            return None
+        return text if _DIGEST.fullmatch(text) else None
+
+    def set_held(self, root: str, client: str, lineage: str) -> None:
+        """Note what ``client`` holds now."""
+        if self.held(root, client) != lineage:
+            _replace(self._holdings(root, client), lineage.encode())
+
+    def _trim(self, keep: Path) -> None:
+        files = []
+        for file in self.path.glob("*/*.safetensors"):
+            with contextlib.suppress(OSError):
+                status = file.stat()
+                files.append((status.st_mtime, status.st_size, file))
+        total = sum(size for _, size, _ in files)
+        for _, size, file in sorted(files):
+            if total <= self.max_bytes:
+                return
+            if file != keep:
+                file.unlink(missing_ok=True)
+                total -= size
+
+
+def _replace(path: Path, payload: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(payload)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,417 @@
+"""The only code that builds or parses Flower records; every key name lives here.
+
+Server to client, an **order**: one ArrayRecord with the Trainables and one ConfigRecord, which holds the user's own
+settings and, under this package's keys, a JSON header, the ledger entries the client lacks and the running statistics
+(both as safetensors bytes). What would exceed `INLINE_LIMIT`, and whole bases, go ahead of it as a **supply**: a
+message of the same type whose one ArrayRecord holds them. So every message has exactly one ArrayRecord, as Flower's
+mods expect.
+
+Client to server, a **reply**: one ArrayRecord with the Trainables (training only), one MetricRecord, one ConfigRecord
+with a JSON header and the statistics. A client that cannot or need not train gives an **answer** instead: a line of
+text, in a ConfigRecord or in the reason of an error reply (an exception is the only way out of a user's function).
+"""
+
+import json
+import re
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedloru_flwr.lowrank import Entry
+
+PROTOCOL_VERSION = 1
+INLINE_LIMIT = 2**20
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+HEADER, ENTRIES, STATISTICS = "fedloru", "fedloru-entries", "fedloru-statistics"
+SERVER_ROUND = "server-round"
+NUM_EXAMPLES = "num-examples"
+
+OrderKind = Literal["work", "entries", "base"]
+AnswerKind = Literal["need-base", "stored"]
+
+
+class WireError(ValueError):
+    """A message is not what the protocol says it must be."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a client needs to know to build the same adapted model as the server.
+
+    Attributes:
+        factorised: False for full-rank training.
+        rank: ``r``.
+        alpha: LoRA's alpha.
+        target_modules: as given to the strategy; empty for the automatic choice.
+        dense_leaves: ``"all"``, ``"none"`` or names.
+        seed: the run's seed.
+        accumulate_into: ``"merge"`` or ``"stack"``.
+        weighted_by: the metric that weighs a reply.
+    """
+
+    factorised: bool
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    dense_leaves: str
+    seed: int
+    accumulate_into: str
+    weighted_by: str = NUM_EXAMPLES
+
+
+@dataclass(frozen=True)
+class Order:
+    """A message from the server, parsed."""
+
+    kind: OrderKind
+    root: str
+    lineage: str
+    settings: Settings
+    tensors: dict[str, Tensor]
+    entries: tuple[Entry, ...]
+    statistics: dict[str, Tensor]
+    server_round: int
+    arrays_key: str
+    config_key: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A client's reply, parsed but not yet judged against what was asked."""
+
+    client: str
+    lineage: str
+    tensors: dict[str, Tensor]
+    metrics: dict[str, int | float | list[int] | list[float]]
+    statistics: dict[str, Tensor]
+    silent_layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client says instead of training.
+
+    Attributes:
+        kind: ``need-base``: it cannot reach the lineage asked for. ``stored``: it has kept a supply.
+        client: its identity.
+        held: the lineage it holds; empty for none.
+    """
+
+    kind: AnswerKind
+    client: str
+    held: str
+
+    _PATTERN = re.compile(r"fedloru-answer kind=([a-z-]+) client=(\S*) held=([0-9a-f]*)\.")
+
+    def __str__(self) -> str:
+        return f"fedloru-answer kind={self.kind} client={urllib.parse.quote(self.client, safe='')} held={self.held}."
+
+    @classmethod
+    def find(cls, text: str) -> "Answer | None":
+        """The answer in a text that may hold much else, or None."""
+        match = cls._PATTERN.search(text)
+        if match is None or match[1] not in ("need-base", "stored"):
+            return None
+        kind: AnswerKind = "need-base" if match[1] == "need-base" else "stored"
+        return cls(kind, urllib.parse.unquote(match[2]), match[3])
+
+
+def content_bytes(content: RecordDict) -> int:
+    """The size of a serialised RecordDict and its children, as Flower sends them, without the message's metadata.
+
+    Equal parts of one message are one object, sent and counted once.
+    """
+    with no_object_id_recompute():
+        return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+
+
+def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Pack tensors, keeping their order."""
+    return ArrayRecord(dict(tensors))
+
+
+def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    """Unpack tensors, keeping their order.
+
+    Raises:
+        WireError: if an array does not parse.
+    """
+    try:
+        return dict(record.to_torch_state_dict())
+    except Exception as error:  # numpy raises many kinds on malformed bytes
+        raise WireError(f"an array does not parse: {error}") from error
+
+
+def _to_bytes(tensors: Mapping[str, Tensor], header: Any = None) -> bytes:
+    # One metadata key: safetensors writes several in no fixed order.
+    metadata = None if header is None else {"header": json.dumps(header)}
+    payload: bytes = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    return payload
+
+
+def _from_bytes(payload: object, what: str) -> tuple[dict[str, Tensor], Any]:
+    if not isinstance(payload, bytes):
+        raise WireError(f"{what} must be bytes, got {type(payload).__name__}")
+    try:
+        length = int.from_bytes(payload[:8], "little")
+        metadata = json.loads(payload[8 : 8 + length]).get("__metadata__") or {}
+        return load(payload), json.loads(metadata["header"]) if "header" in metadata else None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WireError(f"{what} do not parse as safetensors: {error}") from error
+
+
+def _flatten(entries: Sequence[Entry]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    tensors = {f"{i}/{key}": tensor for i, entry in enumerate(entries) for key, tensor in entry.adapter.items()}
+    chain = [{"digest": entry.digest, "previous": entry.previous, "scale": entry.scale} for entry in entries]
+    return tensors, chain
+
+
+def _unflatten(tensors: Mapping[str, Tensor], chain: Any) -> tuple[Entry, ...]:
+    entries = []
+    try:
+        for index, link in enumerate(chain):
+            prefix = f"{index}/"
+            adapter = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+            entry = Entry(str(link["digest"]), str(link["previous"]), float(link["scale"]), adapter)
+            entry.verify()
+            entries.append(entry)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"ledger entries do not parse: {error}") from error
+    return tuple(entries)
+
+
+def entries_to_bytes(entries: Sequence[Entry]) -> bytes:
+    """Serialise ledger entries."""
+    return _to_bytes(*_flatten(entries))
+
+
+def entries_from_bytes(payload: object) -> tuple[Entry, ...]:
+    """Parse ledger entries and check each against its digest."""
+    return _unflatten(*_from_bytes(payload, "ledger entries"))
+
+
+def _header(kind: OrderKind, root: str, lineage: str, settings: Settings, **more: Any) -> str:
+    header = {"protocol": PROTOCOL_VERSION, "kind": kind, "root": root, "lineage": lineage}
+    return json.dumps({**header, "settings": asdict(settings), **more}, separators=(",", ":"))
+
+
+def order_content(
+    template: RecordDict,
+    *,
+    root: str,
+    lineage: str,
+    settings: Settings,
+    entries: bytes = b"",
+    statistics: Mapping[str, Tensor] | None = None,
+) -> RecordDict:
+    """Complete a content made by a Flower strategy (one ArrayRecord, one ConfigRecord) to an order."""
+    (arrays_key, arrays), (config_key, config) = _only_arrays(template), _only_config(template)
+    completed = ConfigRecord(dict(config))
+    completed[HEADER] = _header("work", root, lineage, settings)
+    if entries:
+        completed[ENTRIES] = entries
+    if statistics:
+        completed[STATISTICS] = _to_bytes(statistics)
+    return RecordDict({arrays_key: arrays, config_key: completed})
+
+
+def supply_content(
+    kind: Literal["entries", "base"],
+    *,
+    root: str,
+    lineage: str,
+    settings: Settings,
+    entries: Sequence[Entry] = (),
+    base: Mapping[str, Tensor] | None = None,
+) -> RecordDict:
+    """A message that carries ledger entries or a whole base, as arrays."""
+    tensors, chain = _flatten(entries) if kind == "entries" else (dict(base or {}), [])
+    header = _header(kind, root, lineage, settings, chain=chain)
+    return RecordDict({ARRAYS: to_record(tensors), CONFIG: ConfigRecord({HEADER: header})})
+
+
+def _only_arrays(content: RecordDict) -> tuple[str, ArrayRecord]:
+    records = list(content.array_records.items())
+    if len(records) != 1:
+        raise WireError(f"expected exactly one ArrayRecord, got {len(records)}")
+    return records[0]
+
+
+def _only_config(content: RecordDict) -> tuple[str, ConfigRecord]:
+    records = list(content.config_records.items())
+    if len(records) != 1:
+        raise WireError(f"expected exactly one ConfigRecord, got {len(records)}")
+    return records[0]
+
+
+def _parse_header(config: ConfigRecord) -> dict[str, Any]:
+    text = config.get(HEADER)
+    if not isinstance(text, str):
+        raise WireError(
+            f"the message has no {HEADER!r} header: the other side does not run a strategy or session of this package"
+        )
+    try:
+        header = json.loads(text)
+        version = header["protocol"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WireError(f"the {HEADER!r} header does not parse: {error}") from error
+    if version != PROTOCOL_VERSION:
+        raise WireError(
+            f"protocol-version is {version!r}, this side speaks {PROTOCOL_VERSION}: "
+            "install the same version of fedloru-flwr on the server and on every client"
+        )
+    return dict(header)
+
+
+def read_order(message: Message) -> Order:
+    """Parse what the server sent.
+
+    Raises:
+        WireError: if it is not an order of this protocol.
+    """
+    (arrays_key, arrays), (config_key, config) = _only_arrays(message.content), _only_config(message.content)
+    header = _parse_header(config)
+    try:
+        kind = header["kind"]
+        raw = dict(header["settings"])
+        settings = Settings(**{**raw, "target_modules": tuple(raw["target_modules"])})
+        root, lineage = str(header["root"]), str(header["lineage"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"the {HEADER!r} header lacks or mistypes {error}") from error
+    if kind not in ("work", "entries", "base"):
+        raise WireError(f"unknown kind of order {kind!r}")
+    tensors = to_tensors(arrays)
+    entries: tuple[Entry, ...] = ()
+    if kind == "entries":
+        entries = _unflatten(tensors, header.get("chain"))
+    elif ENTRIES in config:
+        entries = entries_from_bytes(config[ENTRIES])
+    statistics = _from_bytes(config[STATISTICS], "statistics")[0] if STATISTICS in config else {}
+    server_round = config.get(SERVER_ROUND, 0)
+    return Order(
+        kind,
+        root,
+        lineage,
+        settings,
+        tensors,
+        entries,
+        statistics,
+        server_round if isinstance(server_round, int) else 0,
+        arrays_key,
+        config_key,
+    )
+
+
+def reply_content(
+    order: Order,
+    *,
+    client: str,
+    metrics: MetricRecord,
+    tensors: Mapping[str, Tensor] | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
+    silent_layers: Sequence[str] = (),
+) -> RecordDict:
+    """A client's reply; ``tensors`` for training, None for evaluation."""
+    header = {"protocol": PROTOCOL_VERSION, "client": client, "lineage": order.lineage}
+    if silent_layers:
+        header["silent"] = list(silent_layers)
+    config = ConfigRecord({HEADER: json.dumps(header, separators=(",", ":"))})
+    if statistics:
+        config[STATISTICS] = _to_bytes(statistics)
+    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
+    if tensors is not None:
+        records[order.arrays_key] = to_record(tensors)
+    return RecordDict({**records, METRICS: metrics, order.config_key: config})
+
+
+def answer_content(order: Order, answer: Answer) -> RecordDict:
+    """An answer as a reply of its own."""
+    return RecordDict({order.config_key: ConfigRecord({HEADER: str(answer)})})
+
+
+def find_answer(message: Message) -> Answer | None:
+    """The answer a reply consists of, or None if it is something else."""
+    if message.has_error():
+        return Answer.find(message.error.reason or "")
+    for config in message.content.config_records.values():
+        if isinstance(text := config.get(HEADER), str) and (answer := Answer.find(text)):
+            return answer
+    return None
+
+
+def read_reply(content: RecordDict, *, trained: bool) -> Reply:
+    """Parse a reply to an order of training (``trained``) or evaluation.
+
+    Raises:
+        WireError: if it is not one.
+    """
+    _, config = _only_config(content)
+    header = _parse_header(config)
+    metric_records = list(content.metric_records.values())
+    if len(metric_records) != 1:
+        raise WireError(f"expected exactly one MetricRecord, got {len(metric_records)}")
+    tensors = to_tensors(_only_arrays(content)[1]) if trained else {}
+    statistics = _from_bytes(config[STATISTICS], "statistics")[0] if STATISTICS in config else {}
+    silent = header.get("silent", [])
+    if not isinstance(silent, list):
+        raise WireError(f"the {HEADER!r} header's list of silent layers is a {type(silent).__name__}")
+    return Reply(
+        str(header.get("client", "")),
+        str(header.get("lineage", "")),
+        tensors,
+        dict(metric_records[0]),
+        statistics,
+        tuple(map(str, silent)),
+    )
+
+
+def clean_content(content: RecordDict, tensors: Mapping[str, Tensor] | None) -> RecordDict:
+    """A reply as plain Flower would have it: Trainables in float32 (float64 stays) and metrics, nothing else."""
+    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
+    if tensors is not None:
+        key, _ = _only_arrays(content)
+        records[key] = to_record({name: t if t.dtype == torch.float64 else t.float() for name, t in tensors.items()})
+    return RecordDict({**records, **dict(content.metric_records)})
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """What a client tells of itself before the first round."""
+
+    client: str
+    version: str = field(default="")
+
+
+def enrolment_query() -> RecordDict:
+    """Ask a client who it is."""
+    return RecordDict({CONFIG: ConfigRecord({HEADER: json.dumps({"protocol": PROTOCOL_VERSION, "kind": "enrol"})})})
+
+
+def enrolment_reply(query: RecordDict, enrolment: Enrolment) -> RecordDict:
+    """Say who one is.
+
+    Raises:
+        WireError: if the query is not one of this protocol.
+    """
+    key, config = _only_config(query)
+    _parse_header(config)
+    header = {"protocol": PROTOCOL_VERSION, **asdict(enrolment)}
+    return RecordDict({key: ConfigRecord({HEADER: json.dumps(header)})})
+
+
+def read_enrolment(content: RecordDict) -> Enrolment:
+    """Parse what a client told of itself."""
+    header = _parse_header(_only_config(content)[1])
+    client = header.get("client")
+    if not isinstance(client, str) or not client:
+        raise WireError(f"a client's identity must be a text, got {client!r}")
+    return Enrolment(client, str(header.get("version", "")))
