@@ -72,7 +72,7 @@ class _HostedModel:
         path: list[Entry] = []
         at = lineage
         buildable = {self.base_lineage} | ({self.own_root} if self._factory is not None else set())
-        while at not in buildable and not ((use_bases or not path) and store.has_base(at)):
+        while at not in buildable and not (use_bases and store.has_base(at)):
             entry = store.entry(at)
             if entry is None:
                 return None
@@ -209,7 +209,7 @@ class LowRankSession:
         self._answer("stored", order.lineage)
 
     def _claims(self, host: _HostedModel) -> Iterator[str]:
-        """The lineages this client holds, newest first, though others of this machine may have left more in the store."""
+        """The lineages this client holds, newest first; others of this machine may have left more in the store."""
         root = self._order.root
         at = self._store.held(root, self.client)
         while at is not None and at != root:

@@ -58,10 +58,10 @@ def _check_table(table: Table, where: str) -> None:
         raise DataError(f"{where} has more than one column called {', '.join(repeated)}. Rename all but one.")
 
 
-def _require(table: Table, key: str, column: str, where: str) -> None:
+def _require(table: Table, key: str, column: str, where: str, value: str = "") -> None:
     if column not in table.column_names:
         remedy = f"Its columns are {', '.join(table.column_names)}{closest(column, table.column_names)}"
-        raise fault(key, column, f"{where} has no column of that name", remedy)
+        raise fault(key, value or column, f"{where} has no column of that name", remedy)
 
 
 def _choose_label(table: Table, config: DataConfig, origin: str) -> str:
@@ -214,7 +214,7 @@ def _read_groups(table: Table, config: DataConfig, where: str) -> tuple[Label, .
     column = config.partition_column
     if not column:
         return ()
-    _require(table, "partitioner", column, where)
+    _require(table, "partitioner", column, where, config.partitioner)
     groups = table[column].to_pylist()
     for row, group in enumerate(groups):
         if not isinstance(group, int | str):

@@ -36,7 +36,8 @@ class Samples:
 
     def subset(self, indices: "np.ndarray | Tensor | list[int]") -> "Samples":
         """Return a copy of the samples at ``indices`` (integers, shape ``(k,)``), in that order."""
-        chosen = torch.from_numpy(np.array(indices, dtype=np.int64))
+        # A copy, since torch warns of read-only arrays.
+        chosen = indices if isinstance(indices, Tensor) else torch.from_numpy(np.array(indices, dtype=np.int64))
         return Samples(self.inputs[chosen], self.labels[chosen])
 
 
@@ -142,7 +143,8 @@ def closest(value: object, names: Iterable[object]) -> str:
 
 def generator(stream: str, *numbers: int) -> np.random.Generator:
     """Return a random generator that depends on the stream's name and the numbers (all >= 0) only."""
-    return np.random.default_rng([*stream.encode(), *numbers])
+    # The length and the closing 1 keep streams apart: numpy ignores zeros at the end of a seed.
+    return np.random.default_rng([len(stream), *stream.encode(), *numbers, 1])
 
 
 def check(config: DataConfig) -> None:

@@ -1,6 +1,7 @@
 """Turn a source into training samples, central test samples and a spec; each process does so once."""
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -103,7 +104,10 @@ def _read(config: DataConfig) -> dict[str, Split]:
 
 
 def _read_digits() -> Split:
+    state = random.getstate()
     from sklearn.datasets import load_digits
+
+    random.setstate(state)  # the import draws from Python's global generator
 
     digits = load_digits()
     inputs = torch.from_numpy(digits.images).float().unsqueeze(1) / 16  # (1797, 1, 8, 8), from 0..16

@@ -134,7 +134,8 @@ def _read_file(path: Path) -> Table:
 
 
 def _read_parquet(path: Path) -> Table:
-    table = parquet.ParquetFile(path).read()
+    with parquet.ParquetFile(path) as file:
+        table = file.read()
     # The row numbers that pandas leaves behind are no feature.
     return table.drop_columns([name for name in table.column_names if name.startswith("__index_level_")])
 

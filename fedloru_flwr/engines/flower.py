@@ -42,6 +42,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _NOISE = re.compile(
     r"Using SuperLink: |Successfully (started run|installed) |WARNING\s*:\s+Since flwr 1\.32, default simulated"
+    r"|.*WARNING\s*:\s+Manually terminating ClientAppActor$"
 )
 _BOX = str.maketrans("", "", "╭╮╰╯─│")
 
@@ -182,8 +183,9 @@ def _follow(
             return FlowerOutcome(False, "timeout", f"ended after {timeout:g} seconds (timeout)", run_id)
 
     if not run_id:
-        said = "\n".join(text for line in before if (text := line.translate(_BOX).strip()) and not _NOISE.match(line))
-        raise FlowerError(f"`flwr run` did not accept the app in {command[2]}:\n{said}")
+        said = [text for line in before if (text := line.translate(_BOX).strip()) and not _NOISE.match(line)]
+        said += [line for line in _log_end(home).splitlines() if line.startswith("ERROR")]  # the reason, in full
+        raise FlowerError(f"`flwr run` did not accept the app in {command[2]}:\n" + "\n".join(said))
     # The stream can end without the run: when the connection breaks.
     while True:
         status, details = _status(run_id, env, superlink, home)
@@ -213,7 +215,8 @@ def _status(run_id: int, env: dict[str, str], superlink: subprocess.Popen[str], 
     )
     try:
         found = json.loads(reply.stdout)["runs"][0]
-        return str(found["status"]), str(found["status-details"])
+        details = str(found["status-details"])
+        return str(found["status"]), "" if details == "N/A" else details
     except (ValueError, KeyError, IndexError):
         if superlink.poll() is None:
             return "unknown", reply.stdout + reply.stderr
@@ -317,9 +320,9 @@ def _popen(command: list[str], env: dict[str, str], *, stdout: int) -> subproces
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
-    """Give a temporary directory with a name short enough for Ray's sockets (107 bytes, 60 of them Ray's)."""
+    """Give a temporary directory with a name short enough for Ray's sockets: 103 bytes, of which Ray takes 68."""
     base = tempfile.gettempdir()
-    path = Path(tempfile.mkdtemp(prefix="fedloru-", dir=base if len(os.fsencode(base)) <= 25 else "/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="fedloru-", dir=base if len(os.fsencode(base)) <= 18 else "/tmp"))
     try:
         yield path
     finally:
@@ -349,7 +352,7 @@ def _interruptible() -> Iterator[None]:
 def _run_processes(mark: str, sessions: set[int]) -> list[psutil.Process]:
     """Return the living processes of the run: those that carry its mark, share a session with one, or descend from one.
 
-    A worker of Ray's may write over its environment, and a child may change its session: not both unseen.
+    A process may write over its environment to show a title, as Ray's workers do, hence the other two ways.
     `sessions` keeps those known so far, for processes that lose their parent between two calls.
     """
     own = os.getpid()

@@ -94,7 +94,8 @@ def _layer(name: str, module: nn.Module, kind: Kind, rank: int) -> FactorisedLay
     return FactorisedLayer(name, kind, tuple(weight.shape), rank, transposed)
 
 
-def _as_names(target_modules: TargetModules) -> tuple[str, ...]:
+def as_names(target_modules: TargetModules) -> tuple[str, ...]:
+    """A comma-separated string or a sequence of names as a tuple; None and ``"auto"`` are empty."""
     if target_modules is None:
         return ()
     parts = target_modules.split(",") if isinstance(target_modules, str) else list(target_modules)
@@ -160,7 +161,7 @@ def plan_adapter(
         if isinstance(module, nn.MultiheadAttention)
     }
     candidates = [(name, module) for name, module in model.named_modules() if _kind(module) is not None]
-    targets = _as_names(target_modules)
+    targets = as_names(target_modules)
     chosen: list[FactorisedLayer] = []
     notes: list[str] = []
     if targets:

@@ -1,0 +1,60 @@
+"""The Flower ClientApp: local low-rank optimisation on the client's own samples."""
+
+import importlib.metadata
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedloru_flwr import wire
+from fedloru_flwr.clients.identity import client_identity
+from fedloru_flwr.clients.session import LowRankSession, SessionAnswer
+from fedloru_flwr.clients.training import LocalOptimisation, choose_device, evaluate, train_locally
+from fedloru_flwr.config import RunConfig
+from fedloru_flwr.workload import client_data, learning_rate, network_factory
+
+app = ClientApp()
+
+
+@app.query()
+def enrol(message: Message, context: Context) -> Message:
+    """Tell the server who this client is."""
+    enrolment = wire.Enrolment(client_identity(context), importlib.metadata.version("fedloru-flwr"))
+    return Message(wire.enrolment_reply(message.content, enrolment), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the factors and dense leaves on the client's training samples."""
+    config = RunConfig.from_mapping(context.run_config)
+    torch.set_num_threads(config.threads)
+    data, spec = client_data(config, context)
+    try:
+        session = LowRankSession(network_factory(config, spec), message, context)
+    except SessionAnswer as answer:
+        return answer.message
+    how = LocalOptimisation(
+        epochs=config.local_epochs,
+        batch_size=config.batch_size,
+        optimizer=config.optimizer,
+        learning_rate=learning_rate(config, session.server_round),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    loss = train_locally(session.model, data.train, how, session.seed, choose_device(config.device))
+    return session.reply({"train_loss": loss, wire.NUM_EXAMPLES: len(data.train)})
+
+
+@app.evaluate()
+def evaluate_held_out(message: Message, context: Context) -> Message:
+    """Evaluate the global model on the client's held-out samples."""
+    config = RunConfig.from_mapping(context.run_config)
+    torch.set_num_threads(config.threads)
+    data, spec = client_data(config, context)
+    try:
+        session = LowRankSession(network_factory(config, spec), message, context)
+    except SessionAnswer as answer:
+        return answer.message
+    metrics = evaluate(session.model, data.held_out, choose_device(config.device))
+    return session.reply({**metrics, wire.NUM_EXAMPLES: len(data.held_out)})

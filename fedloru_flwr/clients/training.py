@@ -1,0 +1,113 @@
+"""Local training and evaluation of a classifier: plain torch, on tensors that lie in memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedloru_flwr.data import Samples
+from fedloru_flwr.models.plan import has_batch_norm
+
+
+@dataclass(frozen=True)
+class LocalOptimisation:
+    """How a client optimises in one round.
+
+    Attributes:
+        epochs: passes over its samples.
+        batch_size: samples a step; the last batch of an epoch may be smaller.
+        optimizer: ``"sgd"`` or ``"adamw"``.
+        learning_rate: this round's rate.
+        momentum: SGD's momentum, AdamW's first beta.
+        weight_decay: of the trained parameters.
+        max_grad_norm: the gradient's norm is clipped to it; 0: not clipped.
+    """
+
+    epochs: int
+    batch_size: int
+    optimizer: str
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    max_grad_norm: float
+
+
+def choose_device(name: str) -> torch.device:
+    """``"auto"`` is CUDA, else MPS, else the CPU, whatever there is.
+
+    Raises:
+        ValueError: if the device asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    if not there.get(name, False):
+        raise ValueError(f"device = {name!r} is not available here; use 'auto' or 'cpu'")
+    return torch.device(name)
+
+
+def batches(count: int, batch_size: int, generator: torch.Generator, *, no_single: bool) -> Iterator[Tensor]:
+    """Yield the indices of one epoch's batches in random order.
+
+    Args:
+        count: number of samples.
+        batch_size: samples a batch; the last one may be smaller.
+        generator: of the order.
+        no_single: join a last batch of one sample to the one before it (batch normalisation cannot train on it).
+    """
+    chunks = list(torch.randperm(count, generator=generator).split(batch_size))
+    if no_single and len(chunks) > 1 and len(chunks[-1]) == 1:
+        chunks[-2:] = [torch.cat(chunks[-2:])]
+    yield from chunks
+
+
+def train_locally(model: nn.Module, samples: Samples, how: LocalOptimisation, seed: int, device: torch.device) -> float:
+    """Minimise the cross-entropy over the model's trainable parameters; return the mean loss of the last epoch.
+
+    Args:
+        model: changed in place; left on ``device``.
+        samples: the client's training samples.
+        how: the optimisation.
+        seed: of the order of the samples.
+        device: where to train.
+    """
+    model.to(device).train()
+    inputs, labels = samples.inputs.to(device), samples.labels.to(device)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer: torch.optim.Optimizer
+    if how.optimizer == "adamw":
+        betas = (how.momentum, 0.999)
+        optimizer = torch.optim.AdamW(parameters, how.learning_rate, betas=betas, weight_decay=how.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(parameters, how.learning_rate, momentum=how.momentum, weight_decay=how.weight_decay)
+    generator = torch.Generator().manual_seed(seed)
+    no_single = has_batch_norm(model)
+    total = torch.zeros((), device=device)
+    for _ in range(how.epochs):
+        total.zero_()
+        for indices in batches(len(samples), how.batch_size, generator, no_single=no_single):
+            chosen = indices.to(device)
+            loss = functional.cross_entropy(model(inputs[chosen]), labels[chosen])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's is untyped
+            if how.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(parameters, how.max_grad_norm)
+            optimizer.step()
+            total += loss.detach() * len(indices)
+    return float(total) / len(samples)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, samples: Samples, device: torch.device, batch_size: int = 1024) -> dict[str, float]:
+    """Return ``accuracy`` (share of right answers) and ``loss`` (mean cross-entropy) of a classifier."""
+    model.to(device).eval()
+    loss, right = 0.0, 0
+    for start in range(0, len(samples), batch_size):
+        inputs = samples.inputs[start : start + batch_size].to(device)
+        labels = samples.labels[start : start + batch_size].to(device)
+        logits = model(inputs)
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        right += int((logits.argmax(dim=1) == labels).sum())
+    return {"accuracy": right / len(samples), "loss": loss / len(samples)}

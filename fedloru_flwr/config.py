@@ -1,0 +1,236 @@
+"""The run's settings: one flat table of kebab-case keys, checked before any client starts.
+
+The same keys stand in ``[tool.flwr.app.config]``, in a CONF.toml and behind ``fedloru run -c``. Defaults, ranges and help
+are declared here and nowhere else.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+Scalar = bool | int | float | str
+
+
+class ConfigError(ValueError):
+    """A setting that makes no sense; the message names the key, the value and what is allowed."""
+
+
+def _setting(
+    default: Scalar,
+    help_text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float | None = None,
+) -> Any:
+    bounds = {"choices": choices, "low": low, "high": high, "above": above}
+    return field(default=default, metadata={"help": help_text, **bounds})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run; the field ``local_epochs`` is the key ``local-epochs``."""
+
+    algorithm: str = _setting("fedloru", "the method", choices=("fedavg", "fedlora", "fedloru"))
+    num_server_rounds: int = _setting(40, "rounds T", low=1)
+    num_clients: int = _setting(100, "clients K; a simulation has as many SuperNodes", low=1)
+    fraction_train: float = _setting(0.5, "share C of the clients that train in a round", above=0, high=1)
+    fraction_evaluate: float = _setting(0.0, "share that evaluates on its own held-out data", low=0, high=1)
+    local_epochs: int = _setting(5, "epochs E of a client in a round", low=1)
+    batch_size: int = _setting(8, "samples a step; a smaller partition still trains", low=1)
+    optimizer: str = _setting("sgd", "the clients' optimiser", choices=("sgd", "adamw"))
+    learning_rate: float = _setting(0.1, "the clients' learning rate", above=0)
+    learning_rate_schedule: str = _setting(
+        "constant", "over the rounds; step divides by ten after each third", choices=("constant", "cosine", "step")
+    )
+    learning_rate_restart: bool = _setting(False, "start the schedule anew after each accumulation")
+    momentum: float = _setting(0.9, "SGD's momentum (AdamW's first beta)", low=0, high=0.999999)
+    weight_decay: float = _setting(0.0, "of the trained parameters", low=0)
+    max_grad_norm: float = _setting(5.0, "clip the gradient's norm; 0: do not", low=0)
+    rank: int = _setting(4, "rank r of the factors", low=1)
+    alpha: float = _setting(8.0, "the update is alpha / rank * B A", above=0)
+    target_modules: str = _setting("auto", "layers to factorise: auto, or names, suffixes and types, by commas")
+    dense_leaves: str = _setting("all", "what else is trained: all, none, or names and prefixes, by commas")
+    accumulate_every: int = _setting(10, "rounds tau between accumulations", low=1)
+    accumulate_at: str = _setting("", 'accumulate after these rounds instead, such as "50,100"')
+    reinit: str = _setting("reset", "factors after an accumulation", choices=("reset", "keep"))
+    accumulate_into: str = _setting("merge", "how clients hold the past", choices=("merge", "stack"))
+    dataset: str = _setting("digits", "digits, local (see data-path), hub:<name>, or clients (only they have data)")
+    data_path: str = _setting("", "for local: a folder, CSV, JSON or Parquet file")
+    label_column: str = _setting("label", "the column to predict")
+    input_columns: str = _setting("", "the columns to predict from, by commas; empty chooses")
+    classes: str = _setting("", "class names in the order of the labels, by commas; empty takes the data's")
+    num_classes: int = _setting(0, "number of classes where a client may lack some; 0 takes the data's", low=0)
+    input_shape: str = _setting("", 'shape of a sample where the server has no data, such as "1,8,8"')
+    partitioner: str = _setting("iid", "iid, dirichlet, shards, or column:<name>")
+    dirichlet_alpha: float = _setting(0.5, "concentration of the Dirichlet partitioner", above=0)
+    shards_per_client: int = _setting(2, "pieces of the sorted data a client gets", low=1)
+    min_partition_size: int = _setting(2, "fewest samples of a client", low=2)
+    model: str = _setting("cnn", "the network", choices=("cnn", "mlp", "resnet10", "resnet18"))
+    model_width: int = _setting(0, "channels of the first stage; 0 is the network's default", low=0)
+    hidden: str = _setting("256,256", "widths of the multilayer perceptron's hidden layers")
+    norm: str = _setting("group", "the ResNets' normalisation", choices=("group", "batch"))
+    seed: int = _setting(0, "of everything random", low=0)
+    threads: int = _setting(1, "torch's threads in every process", low=1)
+    device: str = _setting("auto", "where clients train", choices=("auto", "cpu", "cuda", "mps"))
+    output_dir: str = _setting("runs", "where run directories go")
+    run_name: str = _setting("", "the run's directory; empty is a time stamp")
+    checkpoint_every: int = _setting(10, "rounds between checkpoints", low=1)
+    resume: str = _setting("", "auto (the run named run-name, if it is there) or a run's directory")
+    timeout: float = _setting(3600.0, "seconds to wait for the clients in a round", above=0)
+    max_failure_fraction: float = _setting(0.5, "stop if more of a round's clients fail", low=0, high=1)
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, object]) -> Self:
+        """Build and check the settings from kebab-case keys; keys that are absent take their defaults.
+
+        Raises:
+            ConfigError: for an unknown key, a value of the wrong type or out of range.
+        """
+        fields = {name_to_key(f.name): f for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in settings.items():
+            if key not in fields:
+                raise ConfigError(f"unknown setting {key!r}{_did_you_mean(key, tuple(fields))}")
+            values[fields[key].name] = _checked(key, value, fields[key])
+        config = cls(**values)
+        config._check_together()
+        return config
+
+    def as_mapping(self) -> dict[str, Scalar]:
+        """All settings by kebab-case key."""
+        return {name_to_key(f.name): getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @property
+    def accumulation_rounds(self) -> tuple[int, ...]:
+        """The rounds of ``accumulate-at``."""
+        return _integers("accumulate-at", self.accumulate_at)
+
+    @property
+    def hidden_widths(self) -> tuple[int, ...]:
+        """The widths of ``hidden``."""
+        return _integers("hidden", self.hidden)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of ``input-shape``; empty if not given."""
+        return _integers("input-shape", self.input_shape)
+
+    def _check_together(self) -> None:
+        _ = self.accumulation_rounds, self.hidden_widths, self.sample_shape
+        late = [at for at in self.accumulation_rounds if at > self.num_server_rounds]
+        if late:
+            raise ConfigError(
+                f"accumulate-at = {self.accumulate_at!r} lists round {late[0]}, but the run has num-server-rounds = "
+                f"{self.num_server_rounds}"
+            )
+        if self.dataset == "clients" and not (self.sample_shape and self.num_classes):
+            raise ConfigError(
+                "dataset = 'clients' leaves the server without data: give input-shape and num-classes, so that it can "
+                "build the model"
+            )
+
+
+def name_to_key(name: str) -> str:
+    """``local_epochs`` to ``local-epochs``."""
+    return name.replace("_", "-")
+
+
+def read_config_file(path: Path) -> dict[str, object]:
+    """Read a CONF.toml: a flat table of settings.
+
+    Raises:
+        ConfigError: if the file is missing, is no TOML or has tables in it.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"configuration file {path} is not TOML: {error}") from error
+    for key, value in content.items():
+        if not isinstance(value, bool | int | float | str):
+            raise ConfigError(f"{path}: {key!r} must be a plain value, got a {type(value).__name__}; settings are flat")
+    return content
+
+
+def parse_overrides(text: str) -> dict[str, object]:
+    """Parse ``key=value`` pairs, separated by blanks, values as in TOML: ``rank=8 run-name="a b"``.
+
+    A value that is no TOML is taken as a text: ``run-name=first``.
+
+    Raises:
+        ConfigError: if something is not ``key=value``.
+    """
+    import shlex
+
+    settings: dict[str, object] = {}
+    try:
+        words = shlex.split(text, posix=False)
+    except ValueError as error:
+        raise ConfigError(f"-c {text!r}: {error}") from error
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key or not value:
+            raise ConfigError(f"-c: expected key=value, got {word!r}")
+        try:
+            settings[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            settings[key] = value
+    return settings
+
+
+def _integers(key: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f'{key} = {text!r} must be whole numbers separated by commas, such as "50,100"') from None
+    if any(number < 1 for number in numbers):
+        raise ConfigError(f"{key} = {text!r}: every number must be at least 1")
+    return numbers
+
+
+def _did_you_mean(word: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _checked(key: str, value: object, setting: "dataclasses.Field[Any]") -> Scalar:
+    wanted = type(setting.default)
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if wanted is str and type(value) in (int, float) and not setting.metadata["choices"]:
+        value = str(value)
+    if type(value) is not wanted:
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        raise ConfigError(f"{key} = {value!r} must be {names[wanted]}")
+    assert isinstance(value, bool | int | float | str)
+    bounds = setting.metadata
+    if isinstance(value, str):
+        if bounds["choices"] and value not in bounds["choices"]:
+            choices = bounds["choices"]
+            raise ConfigError(f"{key} = {value!r} is not one of {', '.join(choices)}{_did_you_mean(value, choices)}")
+        return value
+    too_low = value < bounds["low"] or (bounds["above"] is not None and value <= bounds["above"])
+    if not math.isfinite(value) or too_low or value > bounds["high"]:
+        raise ConfigError(f"{key} = {value!r} must be {_range(bounds)}")
+    return value
+
+
+def _range(bounds: Mapping[str, Any]) -> str:
+    parts = []
+    if bounds["above"] is not None:
+        parts.append(f"above {bounds['above']:g}")
+    elif bounds["low"] > -math.inf:
+        parts.append(f"at least {bounds['low']:g}")
+    if bounds["high"] < math.inf:
+        parts.append(f"at most {bounds['high']:g}")
+    return " and ".join(parts) or "a finite number"

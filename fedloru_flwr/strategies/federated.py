@@ -1,0 +1,827 @@
+"""The round loop that every strategy of the package shares.
+
+The strategy is outermost and runs its own loop; averaging is done by an inner Flower strategy, which sees exactly the
+Trainables it would see in plain Flower. Each round: draw participants, let the inner strategy configure, address and
+complete its message, judge the replies, let the inner strategy aggregate the good ones in sorted order, take what it
+returns as the truth, accumulate if due, evaluate, save.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, TypedDict
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.exception import AggregationError
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor, nn
+
+from fedloru_flwr import wire
+from fedloru_flwr.lowrank import AccumulationSchedule, Entry, Ledger, weighted_mean
+from fedloru_flwr.models.plan import AdapterPlan, TargetModules, as_names, build_seeded, plan_adapter
+from fedloru_flwr.runs import RunDirectory, round_line
+from fedloru_flwr.strategies.inner import InnerStrategy, plain_average
+from fedloru_flwr.strategies.judging import Expected, Rejected, judge
+from fedloru_flwr.strategies.roster import Roster, RosterError
+from fedloru_flwr.strategies.state import (
+    Reinit,
+    ServerState,
+    fold_all,
+    initial_state,
+    merged_state_dict,
+    step,
+)
+
+ModelSource = Callable[[], nn.Module] | nn.Module
+EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
+PURPOSES = ("trainables", "entries", "base", "repeats", "evaluation", "enrolment")
+
+
+class ResumeError(ValueError):
+    """A run cannot be continued with these settings."""
+
+
+class Observer(Protocol):
+    """Told of a run's progress, for people."""
+
+    def start_round(self, server_round: int, num_clients: int) -> None:
+        """A round's messages go out to ``num_clients`` clients."""
+
+    def end_round(self, row: Mapping[str, Any]) -> None:
+        """A round has ended; ``row`` is what ``metrics.jsonl`` gets."""
+
+
+class CommonOptions(TypedDict, total=False):
+    """Arguments that every strategy takes beside its own; see `FederatedStrategy`."""
+
+    inner: Strategy | None
+    num_clients: int | None
+    run_dir: str | Path | None
+    resume: str | Path | None
+    checkpoint_every: int
+    max_failure_fraction: float
+    observer: Observer | None
+    enrol: bool
+    fraction_train: float
+    fraction_evaluate: float
+    min_train_nodes: int
+    min_evaluate_nodes: int
+    min_available_nodes: int
+    arrayrecord_key: str
+    configrecord_key: str
+    train_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None
+    evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None
+
+
+class Bill:
+    """Bytes by direction and purpose, as if every client were a machine of its own."""
+
+    def __init__(self) -> None:
+        self._bytes: Counter[tuple[str, str]] = Counter()
+
+    def add(self, direction: str, purpose: str, count: int) -> None:
+        """Count bytes sent ``"up"`` or ``"down"``."""
+        self._bytes[direction, purpose] += count
+
+    def message(self, direction: str, purpose: str, message: Message) -> None:
+        """Count a message's content."""
+        self.add(direction, purpose, wire.content_bytes(message.content))
+
+    def total(self, direction: str) -> int:
+        """All bytes of a direction."""
+        return sum(count for (way, _), count in self._bytes.items() if way == direction)
+
+    def by_purpose(self) -> dict[str, dict[str, int]]:
+        """``{purpose: {"up": bytes, "down": bytes}}`` for every purpose that occurred."""
+        return {
+            purpose: {way: self._bytes[way, purpose] for way in ("up", "down")}
+            for purpose in PURPOSES
+            if self._bytes["up", purpose] or self._bytes["down", purpose]
+        }
+
+
+class _Exchange:
+    """What came of one phase of a round."""
+
+    def __init__(self) -> None:
+        self.drawn: list[str] = []
+        self.good: dict[str, tuple[Message, wire.Reply]] = {}
+        self.failures: dict[str, str] = {}
+
+
+class FederatedStrategy(Strategy):
+    """Abstract base of the package's strategies: the loop, the wire, the books.
+
+    Args:
+        model: a factory (a class or a function without arguments), built under ``seed``; or an instance.
+        plan: made from the plain model: which layers are factorised, which parameters are dense leaves.
+        settings: what the clients need to make the same plan.
+        schedule: after which rounds to accumulate.
+        reinit: how factors restart.
+        seed: of initial weights, fresh factors, participants and clients' random streams.
+        inner: the Flower strategy that aggregates; FedAvg by default.
+        num_clients: how many SuperNodes to wait for before round 1; None: until no more are coming.
+        run_dir: a directory to write manifest, metrics, checkpoints and the model to; None: nothing is written.
+        resume: None; ``"auto"`` to continue the run in ``run_dir`` if there is one; or such a directory.
+        checkpoint_every: rounds between checkpoints (one is also written at accumulations and at the end).
+        max_failure_fraction: a training round in which more of the participants fail stops the run.
+        observer: told of progress.
+        enrol: ask clients for their identity before round 1 by a query (the package's client app answers it); without
+            it, identities come with the first replies.
+        fraction_train: share of the connected clients that train in a round, rounded down.
+        fraction_evaluate: share of them that evaluate.
+        min_train_nodes: but at least so many.
+        min_evaluate_nodes: the same for evaluation.
+        min_available_nodes: how many must be connected before round 1.
+        weighted_by_key: the metric that weighs a reply.
+        arrayrecord_key: FedAvg's, for the default inner strategy.
+        configrecord_key: FedAvg's, for the default inner strategy.
+        train_metrics_aggr_fn: FedAvg's, for the default inner strategy.
+        evaluate_metrics_aggr_fn: FedAvg's, for the default inner strategy.
+
+    Raises:
+        ValueError: for a fraction outside [0, 1] and other settings that make no sense.
+        PlanError: if the model cannot be factorised as asked.
+    """
+
+    def __init__(
+        self,
+        model: ModelSource,
+        *,
+        plan: Callable[[nn.Module], AdapterPlan],
+        settings: wire.Settings,
+        schedule: AccumulationSchedule,
+        reinit: Reinit = "reset",
+        inner: Strategy | None = None,
+        num_clients: int | None = None,
+        run_dir: str | Path | None = None,
+        resume: str | Path | None = None,
+        checkpoint_every: int = 10,
+        max_failure_fraction: float = 0.5,
+        observer: Observer | None = None,
+        enrol: bool = False,
+        fraction_train: float = 1.0,
+        fraction_evaluate: float = 1.0,
+        min_train_nodes: int = 2,
+        min_evaluate_nodes: int = 2,
+        min_available_nodes: int = 2,
+        arrayrecord_key: str = "arrays",
+        configrecord_key: str = "config",
+        train_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None = None,
+        evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None = None,
+    ) -> None:
+        for name, value in (
+            ("fraction_train", fraction_train),
+            ("fraction_evaluate", fraction_evaluate),
+            ("max_failure_fraction", max_failure_fraction),
+        ):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        if fraction_train == 0.0:
+            raise ValueError("fraction_train is 0: nobody would train; give a fraction above 0")
+        if checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1 round, got {checkpoint_every}")
+        if num_clients is not None and num_clients < 1:
+            raise ValueError(f"num_clients must be at least 1, got {num_clients}")
+        if reinit not in ("reset", "keep"):
+            raise ValueError(f"reinit must be 'reset' or 'keep', got {reinit!r}")
+        if settings.accumulate_into not in ("merge", "stack"):
+            raise ValueError(f"accumulate_into must be 'merge' or 'stack', got {settings.accumulate_into!r}")
+        self._model = deepcopy(model) if isinstance(model, nn.Module) else build_seeded(model, settings.seed)
+        self.plan = plan(self._model)
+        self.settings = settings
+        self.schedule = schedule
+        self.reinit = reinit
+        self.seed = settings.seed
+        keywords = {
+            "arrayrecord_key": arrayrecord_key,
+            "configrecord_key": configrecord_key,
+            "train_metrics_aggr_fn": train_metrics_aggr_fn,
+            "evaluate_metrics_aggr_fn": evaluate_metrics_aggr_fn,
+        }
+        self.inner = InnerStrategy(plain_average(settings.weighted_by, **keywords) if inner is None else inner)
+        if inner is not None and self.inner.weighted_by != settings.weighted_by:
+            raise ValueError(
+                f"the inner strategy weighs replies by {self.inner.weighted_by!r}, this strategy by "
+                f"{settings.weighted_by!r}: give weighted_by_key={self.inner.weighted_by!r} here too"
+            )
+        self.num_clients = num_clients
+        self.checkpoint_every = checkpoint_every
+        self.max_failure_fraction = max_failure_fraction
+        self.observer = observer
+        self.fraction_train = fraction_train
+        self.fraction_evaluate = fraction_evaluate
+        self._at_least = {"train": min_train_nodes, "evaluate": min_evaluate_nodes}
+        self._min_available = min_available_nodes
+        self._enrol = enrol
+        self._run_dir = None if run_dir is None else Path(run_dir)
+        self._resume = resume
+        self._run: RunDirectory | None = None
+        self._bill = Bill()
+        self._roster = Roster()
+        self._held: dict[str, str] = {}
+        self._silent: set[str] = set()
+        self.state = initial_state(self._model, self.plan, self.seed)
+        self._root_base = self.state.base
+        for note in self.plan.notes:
+            log(INFO, "%s", note)
+
+    # --- what users call -------------------------------------------------------------------------------------------
+
+    def initial_arrays(self) -> ArrayRecord:
+        """The Trainables before round 1: fresh factors and the model's dense leaves."""
+        return wire.to_record(self.state.trainables)
+
+    def merged_state_dict(self) -> dict[str, Tensor]:
+        """The whole model as it is now, with the keys, shapes and dtypes of the plain model's state dict."""
+        return merged_state_dict(self.state, self._model, self.plan)
+
+    def central_evaluation(self, evaluate: Callable[[int, nn.Module], Mapping[str, Any] | None]) -> EvaluateFunction:
+        """Turn a function of (round, model) into an ``evaluate_fn`` for `start`.
+
+        The function receives the merged model as a plain instance in eval mode, and returns metrics by name
+        (``accuracy`` and ``loss`` get columns of their own) or None.
+        """
+        plain = deepcopy(self._model)
+
+        def evaluate_fn(server_round: int, _: ArrayRecord) -> MetricRecord | None:
+            plain.load_state_dict(self.merged_state_dict())
+            plain.eval()
+            metrics = evaluate(server_round, plain)
+            if metrics is None:
+                return None
+            return MetricRecord({name: _as_number(value) for name, value in metrics.items()})
+
+        return evaluate_fn
+
+    def summary(self) -> None:
+        """Log what is trained and sent."""
+        trained = sum(tensor.numel() for tensor in self.state.trainables.values())
+        total = sum(parameter.numel() for parameter in self._model.parameters())
+        log(
+            INFO, "%s: %d of %d parameters travel (%.1f %%)", type(self).__name__, trained, total, 100 * trained / total
+        )
+        for layer in self.plan.layers:
+            log(INFO, "\tfactorised, rank %d: %s %s", layer.rank, layer.name, tuple(layer.weight_shape))
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFunction | None = None,
+    ) -> Result:
+        """Run the federated training; the signature is that of Flower's strategies.
+
+        Args:
+            grid: to talk to the clients through.
+            initial_arrays: what `initial_arrays` gives, or tensors of the same names and shapes to start from.
+            num_rounds: the number of rounds (of the whole run, where it is resumed).
+            timeout: seconds to wait for the clients of one phase of a round.
+            train_config: settings for the clients' training, sent with every message.
+            evaluate_config: the same for evaluation.
+            evaluate_fn: called with (round, current Trainables) before round 1 and after every round; see
+                `central_evaluation`.
+
+        Returns:
+            Flower's ``Result``; its arrays are the final Trainables. The model is `merged_state_dict`.
+
+        Raises:
+            RosterError: if the expected clients do not come, or two say they are one.
+            AggregationError: if more than ``max_failure_fraction`` of a round's participants fail.
+            ResumeError: if a run cannot be continued with these settings.
+        """
+        if num_rounds < 1:
+            raise ValueError(f"num_rounds must be at least 1, got {num_rounds}")
+        self._load_initial(initial_arrays)
+        self.summary()
+        result = Result(arrays=self.initial_arrays())
+        self._open_run(result)
+        started = time.monotonic()
+        if self.state.server_round == 0 and evaluate_fn is not None:
+            self._record(result, {"round": 0}, evaluate_fn, num_rounds, started)
+        self._roster.wait(grid, self.num_clients, self._min_available, timeout)
+        for server_round in range(self.state.server_round + 1, num_rounds + 1):
+            begun = time.monotonic()
+            self._meet(grid, timeout)
+            exchange, metrics = self._train(grid, server_round, train_config or ConfigRecord(), timeout)
+            if metrics is not None:
+                result.train_metrics_clientapp[server_round] = metrics
+            result.arrays = wire.to_record(self.state.trainables)
+            evaluated, num_evaluated = self._evaluate(grid, server_round, evaluate_config or ConfigRecord(), timeout)
+            if evaluated is not None:
+                result.evaluate_metrics_clientapp[server_round] = evaluated
+            row = {
+                "round": server_round,
+                "accuracy": (evaluated or {}).get("accuracy"),
+                "loss": (evaluated or {}).get("loss"),
+                "train_loss": (metrics or {}).get("train_loss", (metrics or {}).get("train-loss")),
+                "clients_ok": len(exchange.good),
+                "clients_failed": len(exchange.failures),
+                "failures": dict(sorted(exchange.failures.items())),
+            }
+            if num_evaluated:
+                row["clients_evaluated"] = num_evaluated
+            self._record(result, row, evaluate_fn, num_rounds, started, begun)
+            self._stop_if_too_many_failed(server_round, exchange)
+            if server_round % self.checkpoint_every == 0 or server_round == num_rounds or self._just_accumulated:
+                self._checkpoint()
+        self._close_run("finished", started)
+        return result
+
+    # --- Flower's hooks, which only a foreign wrapper would call --------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Refuse: this strategy is the outermost one."""
+        self._refuse_wrapping()
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Refuse: this strategy is the outermost one."""
+        self._refuse_wrapping()
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Refuse: this strategy is the outermost one."""
+        self._refuse_wrapping()
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Refuse: this strategy is the outermost one."""
+        self._refuse_wrapping()
+
+    def _refuse_wrapping(self) -> NoReturn:
+        name = type(self).__name__
+        raise RuntimeError(
+            f"{name} restarts its factors and therefore runs its own loop, outermost: it cannot be wrapped by another "
+            f"strategy. Turn the two around: {name}(Net, ..., inner=Wrapper(FedAvg(), ...)).start(...)"
+        )
+
+    # --- one round -------------------------------------------------------------------------------------------------
+
+    def _meet(self, grid: Grid, timeout: float) -> None:
+        new = self._roster.refresh(grid)
+        if self._enrol and new:
+            self._roster.enrol(grid, new, timeout, self._bill.message)
+
+    def _train(
+        self, grid: Grid, server_round: int, config: ConfigRecord, timeout: float
+    ) -> tuple[_Exchange, MetricRecord | None]:
+        exchange = self._exchange(grid, "train", server_round, config, timeout)
+        replies = [self._for_inner(message, reply.tensors) for message, reply in exchange.good.values()]
+        arrays, metrics = self.inner.aggregate_train(server_round, replies) if replies else (None, None)
+        statistics: dict[str, Tensor] = {}
+        if arrays is not None and self.plan.statistics:
+            weights = [self._weight(reply) for _, reply in exchange.good.values()]
+            statistics = weighted_mean([reply.statistics for _, reply in exchange.good.values()], weights)
+        before = self.state.ledger.version
+        self.state = step(
+            self.state,
+            server_round,
+            None if arrays is None else wire.to_tensors(arrays),
+            statistics,
+            plan=self.plan,
+            accumulate_now=self.schedule.due(server_round),
+            reinit=self.reinit,
+            seed=self.seed,
+        )
+        self._just_accumulated = self.state.ledger.version > before
+        silent = {layer for _, reply in exchange.good.values() for layer in reply.silent_layers} - self._silent
+        if silent:
+            self._silent |= silent
+            log(WARNING, "these factorised layers got no gradient on some clients: %s", ", ".join(sorted(silent)))
+        return exchange, metrics
+
+    def _evaluate(
+        self, grid: Grid, server_round: int, config: ConfigRecord, timeout: float
+    ) -> tuple[MetricRecord | None, int]:
+        """Federated evaluation: the aggregated metrics and how many clients were asked."""
+        if self.fraction_evaluate == 0.0:
+            return None, 0
+        exchange = self._exchange(grid, "evaluate", server_round, config, timeout)
+        reasons = list(exchange.failures.values())
+        if reasons and not exchange.good and all("No evaluate function registered" in reason for reason in reasons):
+            log(WARNING, "the client app has no evaluate function: federated evaluation is off (fraction_evaluate=0)")
+            self.fraction_evaluate = 0.0
+            return None, len(exchange.drawn)
+        for client, reason in exchange.failures.items():
+            log(WARNING, "evaluation on client %s failed: %s", client, reason)
+        replies = [self._for_inner(message, None) for message, _ in exchange.good.values()]
+        metrics = self.inner.aggregate_evaluate(server_round, replies) if replies else None
+        return metrics, len(exchange.drawn)
+
+    def _exchange(self, grid: Grid, phase: str, server_round: int, config: ConfigRecord, timeout: float) -> _Exchange:
+        """Send a phase's orders to drawn clients, serve those without the base, and judge what comes back."""
+        exchange = _Exchange()
+        fraction = self.fraction_train if phase == "train" else self.fraction_evaluate
+        drawn = self._roster.draw(self.seed, phase, server_round, fraction, self._at_least[phase])
+        node_of = dict(drawn)
+        arrays = wire.to_record(self.state.trainables)
+        template = self.inner.configure(phase, server_round, arrays, config, grid, list(node_of.values()))
+        if template is None:
+            return exchange
+        exchange.drawn = list(node_of)
+        if phase == "train" and self.observer is not None:
+            self.observer.start_round(server_round, len(drawn))
+        deadline = time.monotonic() + timeout
+        purpose = "trainables" if phase == "train" else "evaluation"
+        orders = _Orders(self, template, phase, purpose)
+        replies = orders.send(grid, node_of, deadline)
+        # Clients that cannot reach the base say so at once and are served in the same round.
+        wanting = {client: found for client, reply in replies.items() if (found := wire.find_answer(reply))}
+        if wanting:
+            for client, answer in wanting.items():
+                self._held[client] = answer.held
+            again = {client: node_of[client] for client in wanting}
+            replies |= orders.send(grid, again, deadline, repeat=True)
+        expected = Expected(
+            self.state.ledger.lineage,
+            self.state.trainables if phase == "train" else None,
+            self.state.statistics,
+            self.settings.weighted_by,
+        )
+        for client, node_id in drawn:
+            try:
+                if client not in replies:
+                    raise Rejected(f"no reply within {timeout:.0f} s")
+                reply = judge(replies[client], expected)
+                self._roster.confirm(node_id, reply.client)
+            except (Rejected, RosterError) as reason:
+                exchange.failures[client] = str(reason)
+                continue
+            self._held.pop(client, None)
+            self._held[reply.client] = expected.lineage
+            exchange.good[reply.client] = (replies[client], reply)
+        exchange.good = dict(sorted(exchange.good.items()))
+        return exchange
+
+    def _for_inner(self, message: Message, tensors: Mapping[str, Tensor] | None) -> Message:
+        message.content = wire.clean_content(message.content, tensors)
+        return message
+
+    def _weight(self, reply: wire.Reply) -> float:
+        weight = reply.metrics[self.settings.weighted_by]
+        assert isinstance(weight, int | float)
+        return float(weight)
+
+    def _missing(self, client: str) -> tuple[Entry, ...] | None:
+        """The entries a client lacks; None if it needs a base."""
+        held = self._held.get(client, self.state.ledger.root)
+        return self.state.ledger.missing(held) if held else None
+
+    def _stop_if_too_many_failed(self, server_round: int, exchange: _Exchange) -> None:
+        for client, reason in exchange.failures.items():
+            log(WARNING, "round %d: client %s was left out: %s", server_round, client, reason)
+        failed, asked = len(exchange.failures), len(exchange.drawn)
+        if asked and failed / asked > self.max_failure_fraction:
+            self._checkpoint()
+            self._close_run("failed", time.monotonic())
+            reasons = "; ".join(f"client {client}: {reason}" for client, reason in list(exchange.failures.items())[:3])
+            raise AggregationError(
+                f"round {server_round}: {failed} of {asked} clients failed, more than max-failure-fraction = "
+                f"{self.max_failure_fraction} allows. First reasons: {reasons}"
+            )
+
+    # --- books -----------------------------------------------------------------------------------------------------
+
+    _just_accumulated = False
+
+    def _record(
+        self,
+        result: Result,
+        row: dict[str, Any],
+        evaluate_fn: EvaluateFunction | None,
+        num_rounds: int,
+        started: float,
+        begun: float | None = None,
+    ) -> None:
+        """Evaluate centrally, close the round's books and tell everybody."""
+        server_round = row["round"]
+        central = evaluate_fn(server_round, wire.to_record(self.state.trainables)) if evaluate_fn else None
+        if central is not None:
+            result.evaluate_metrics_serverapp[server_round] = central
+            for name in ("accuracy", "loss"):
+                row[name] = central.get(name, row.get(name))
+            others = {name: value for name, value in central.items() if name not in ("accuracy", "loss")}
+            if others:
+                row["metrics"] = others
+        bill, self._bill = self._bill, Bill()
+        ledger = self.state.ledger
+        row |= {
+            "bytes_up": bill.total("up"),
+            "bytes_down": bill.total("down"),
+            "bytes_by_purpose": bill.by_purpose(),
+            "ledger_version": ledger.version,
+            "accumulated_rank": self._accumulated_rank(),
+            "seconds": round(time.monotonic() - (begun or started), 3),
+        }
+        if self._run is not None:
+            self._run.append_round(row)
+        if self.observer is not None:
+            self.observer.end_round(row)
+        else:
+            log(INFO, "%s", round_line(row, num_rounds, time.monotonic() - started))
+
+    def _accumulated_rank(self) -> int:
+        """The largest rank an accumulated update can have: ``r`` an entry, at most the layer's."""
+        version = self.state.ledger.version
+        return max((min(version * layer.rank, layer.max_rank) for layer in self.plan.layers), default=0)
+
+    def _load_initial(self, arrays: ArrayRecord) -> None:
+        given = wire.to_tensors(arrays)
+        mine = self.state.trainables
+        wrong = [name for name in {**mine, **given} if name not in given or name not in mine]
+        wrong += [name for name in mine if name in given and given[name].shape != mine[name].shape]
+        if wrong:
+            raise ValueError(
+                f"initial_arrays must hold the Trainables, as initial_arrays() gives them; wrong or missing: "
+                f"{', '.join(wrong[:5])}"
+            )
+        if self.state.server_round == 0:
+            trainables = {name: given[name].to(mine[name].dtype) for name in mine}
+            self.state = ServerState(0, trainables, self.state.statistics, self.state.base, self.state.ledger)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """The settings that a continued run must share."""
+        return {
+            "strategy": type(self).__name__,
+            "rank": self.settings.rank,
+            "alpha": self.settings.alpha,
+            "factorised": self.settings.factorised,
+            "layers": [layer.name for layer in self.plan.layers],
+            "dense_leaves": list(self.plan.dense_leaves),
+            "seed": self.seed,
+            "reinit": self.reinit,
+            "accumulate_into": self.settings.accumulate_into,
+            "accumulate_every": self.schedule.every,
+            "accumulate_at": sorted(self.schedule.at),
+            "fraction_train": self.fraction_train,
+            "inner": [type(layer).__name__ for layer in self.inner.layers()],
+        }
+
+    def _open_run(self, result: Result) -> None:
+        run_dir = self._run_dir
+        resume = self._resume
+        if resume not in (None, "", "auto"):
+            run_dir = Path(str(resume))
+        elif resume == "auto" and run_dir is None:
+            raise ResumeError("resume = 'auto' needs a run_dir to look into")
+        if run_dir is None:
+            return
+        if not (run_dir / "checkpoints").exists():
+            if resume not in (None, "", "auto"):
+                raise ResumeError(f"resume: {run_dir} holds no run to continue")
+            (run_dir / "checkpoints").mkdir(parents=True)
+        self._run = RunDirectory(run_dir)
+        if resume in (None, "") and self._run.read_rounds():
+            raise ResumeError(
+                f"run_dir {run_dir} holds a run already: choose another directory, or continue it with resume='auto'"
+            )
+        if (found := self._run.latest_checkpoint()) is not None:
+            self._restore(*found, result)
+        else:
+            self._run.truncate_rounds(-1)  # killed before its first checkpoint
+
+    def _restore(self, server_round: int, tensors: dict[str, Tensor], saved: dict[str, Any], result: Result) -> None:
+        assert self._run is not None
+        if stateful := self.inner.keeps_state():
+            raise ResumeError(
+                f"resume: the inner strategy {stateful} carries state from round to round, which checkpoints do not "
+                "hold yet; start a new run"
+            )
+        mine = self._fingerprint()
+        changed = [name for name in mine if saved["settings"].get(name) != mine[name]]
+        if changed:
+            told = "; ".join(f"{name} was {saved['settings'].get(name)!r}, is {mine[name]!r}" for name in changed)
+            raise ResumeError(f"resume: settings that change the result differ from the run's: {told}")
+        if saved["root"] != self.state.ledger.root:
+            raise ResumeError("resume: the model's initial weights are not those the run was started with")
+        entries = tuple(
+            Entry(link["digest"], link["previous"], link["scale"], _part(tensors, f"entries/{index}/"))
+            for index, link in enumerate(saved["entries"])
+        )
+        for entry in entries:
+            entry.verify()
+        self.state = ServerState(
+            server_round,
+            _part(tensors, "trainables/"),
+            _part(tensors, "statistics/"),
+            fold_all(self._root_base, entries, self.plan),
+            Ledger(saved["root"], entries),
+        )
+        self._held = dict(saved["held"])
+        self._run.truncate_rounds(server_round)
+        for row in self._run.read_rounds():
+            metrics = {name: row[name] for name in ("accuracy", "loss") if row[name] is not None}
+            if metrics:
+                result.evaluate_metrics_serverapp[row["round"]] = MetricRecord(metrics)
+        result.arrays = wire.to_record(self.state.trainables)
+        log(INFO, "continuing after round %d", server_round)
+
+    def _full_bytes(self) -> tuple[int, int]:
+        """What plain FedAvg would send down and up with one client a round: the whole state dict."""
+        arrays = ArrayRecord(self._model.state_dict())
+        down = wire.content_bytes(RecordDict({wire.ARRAYS: arrays, wire.CONFIG: ConfigRecord({wire.SERVER_ROUND: 1})}))
+        metrics = MetricRecord({"train_loss": 0.5, self.settings.weighted_by: 1})
+        return down, wire.content_bytes(RecordDict({wire.ARRAYS: arrays, wire.METRICS: metrics}))
+
+    def _close_run(self, status: str, started: float) -> None:
+        """Write the model, the picture and the summary."""
+        if self._run is None:
+            return
+        rows = self._run.read_rounds()
+        accuracies = [row["accuracy"] for row in rows if row["accuracy"] is not None]
+        full_down, full_up = self._full_bytes()
+        asked = sum(row["clients_ok"] + row["clients_failed"] + row.get("clients_evaluated", 0) for row in rows)
+        self._run.write_model(self.merged_state_dict())
+        self._run.write_summary(
+            {
+                "algorithm": type(self).__name__.lower(),
+                "rounds": self.state.server_round,
+                "final_accuracy": rows[-1]["accuracy"] if rows else None,
+                "best_accuracy": max(accuracies, default=None),
+                "total_bytes_up": sum(row["bytes_up"] for row in rows),
+                "total_bytes_down": sum(row["bytes_down"] for row in rows),
+                "full_model_bytes": full_down,
+                "fedavg_bytes": asked * full_down + sum(row["clients_ok"] for row in rows) * full_up,
+                "trainable_parameters": sum(tensor.numel() for tensor in self.state.trainables.values()),
+                "model_parameters": sum(parameter.numel() for parameter in self._model.parameters()),
+                "seconds": round(sum(row["seconds"] for row in rows), 3),
+                "status": status,
+            }
+        )
+        self._run.draw_curves()
+
+    def _checkpoint(self) -> None:
+        if self._run is None:
+            return
+        state = self.state
+        tensors = {f"trainables/{name}": tensor for name, tensor in state.trainables.items()}
+        tensors |= {f"statistics/{name}": tensor for name, tensor in state.statistics.items()}
+        for index, entry in enumerate(state.ledger.entries):
+            tensors |= {f"entries/{index}/{name}": tensor for name, tensor in entry.adapter.items()}
+        links = [{"digest": e.digest, "previous": e.previous, "scale": e.scale} for e in state.ledger.entries]
+        self._run.write_checkpoint(
+            state.server_round,
+            tensors,
+            {"settings": self._fingerprint(), "root": state.ledger.root, "entries": links, "held": self._held},
+        )
+
+
+class _Orders:
+    """Addresses and completes the inner strategy's content to each client's needs, and sends it."""
+
+    def __init__(self, strategy: FederatedStrategy, template: RecordDict, phase: str, purpose: str) -> None:
+        self._strategy = strategy
+        self._template = template
+        self._phase = phase
+        self._purpose = purpose
+        self._made: dict[str, tuple[RecordDict, int, int]] = {}
+
+    def send(
+        self, grid: Grid, node_of: Mapping[str, int], deadline: float, *, repeat: bool = False
+    ) -> dict[str, Message]:
+        """Send everybody what it lacks, then the order; return the last reply of each client that gave one."""
+        supplies = {client: supply for client in node_of if (supply := self._supply(client)) is not None}
+        replies: dict[str, Message] = {}
+        ready = dict(node_of)
+        if supplies:
+            replies = self._send_all(
+                grid,
+                {client: (content, purpose, size) for client, (purpose, content, size) in supplies.items()},
+                node_of,
+                deadline,
+            )
+            for client in supplies:
+                answer = wire.find_answer(replies[client]) if client in replies else None
+                if answer is not None and answer.kind == "stored":
+                    self._strategy._held[client] = self._strategy.state.ledger.lineage
+                    del replies[client]
+                else:
+                    ready.pop(client)
+        purpose = "repeats" if repeat else self._purpose
+        contents = {}
+        for client in ready:
+            content, size, entries_size = self._order(client)
+            self._strategy._bill.add("down", "entries", entries_size)
+            contents[client] = (content, purpose, size - entries_size)
+        return replies | self._send_all(grid, contents, node_of, deadline)
+
+    def _send_all(
+        self,
+        grid: Grid,
+        contents: Mapping[str, tuple[RecordDict, str, int]],
+        node_of: Mapping[str, int],
+        deadline: float,
+    ) -> dict[str, Message]:
+        bill = self._strategy._bill
+        messages = []
+        purposes: dict[int, tuple[str, str]] = {}
+        for client, (content, purpose, size) in contents.items():
+            bill.add("down", purpose, size)
+            messages.append(Message(content, node_of[client], self._phase))
+            purposes[node_of[client]] = (client, purpose)
+        if not messages:
+            return {}
+        replies = {}
+        for reply in grid.send_and_receive(messages, timeout=max(0.0, deadline - time.monotonic())):
+            client, purpose = purposes[reply.metadata.src_node_id]
+            if reply.has_content():
+                bill.message("up", self._purpose if purpose == "repeats" else purpose, reply)
+            replies[client] = reply
+        return replies
+
+    def _supply(self, client: str) -> tuple[str, RecordDict, int] | None:
+        """What has to go ahead of the order as a message of its own: a base, or entries too large to ride along."""
+        strategy = self._strategy
+        state = strategy.state
+        missing = strategy._missing(client)
+        if missing == ():
+            return None
+        base_size = sum(tensor.nbytes for tensor in state.base.values())
+        entries_size = sum(t.nbytes for entry in missing or () for t in entry.adapter.values())
+        key = f"supply {strategy._held.get(client)}"
+        if missing is None or base_size < entries_size:
+            kind, key = "base", "supply base"
+        elif entries_size > wire.INLINE_LIMIT:
+            kind = "entries"
+        else:
+            return None
+        if key not in self._made:
+            ledger = state.ledger
+            common = {"root": ledger.root, "lineage": ledger.lineage, "settings": strategy.settings}
+            if kind == "base":
+                content = wire.supply_content("base", base=state.base, **common)  # type: ignore[arg-type]  # as above
+            else:
+                content = wire.supply_content("entries", entries=missing or (), **common)  # type: ignore[arg-type]
+            self._made[key] = (content, wire.content_bytes(content), 0)
+        content, size, _ = self._made[key]
+        return kind, content, size
+
+    def _order(self, client: str) -> tuple[RecordDict, int, int]:
+        """The order for this client, its size, and how much of that the entries are."""
+        strategy = self._strategy
+        missing = strategy._missing(client) or ()
+        key = f"order {len(missing)}"
+        if key not in self._made:
+            entries = wire.entries_to_bytes(missing) if missing else b""
+            ledger = strategy.state.ledger
+            content = wire.order_content(
+                self._template,
+                root=ledger.root,
+                lineage=ledger.lineage,
+                settings=strategy.settings,
+                entries=entries,
+                statistics=strategy.state.statistics,
+            )
+            self._made[key] = (content, wire.content_bytes(content), len(entries))
+        return self._made[key]
+
+
+def low_rank_settings(
+    rank: int,
+    alpha: float,
+    target_modules: TargetModules,
+    dense_leaves: str | Sequence[str],
+    seed: int,
+    accumulate_into: str,
+    weighted_by: str,
+) -> wire.Settings:
+    """The settings of a factor-based method."""
+    return wire.Settings(
+        factorised=True,
+        rank=rank,
+        alpha=alpha,
+        target_modules=as_names(target_modules),
+        dense_leaves=dense_leaves if isinstance(dense_leaves, str) else ",".join(dense_leaves),
+        seed=seed,
+        accumulate_into=accumulate_into,
+        weighted_by=weighted_by,
+    )
+
+
+def low_rank(settings: wire.Settings) -> Callable[[nn.Module], AdapterPlan]:
+    """The plan that ``settings`` ask for, for `FederatedStrategy`."""
+    return lambda module: plan_adapter(
+        module, settings.rank, settings.alpha, settings.target_modules, settings.dense_leaves
+    )
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _as_number(value: Any) -> int | float:
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else float(value)

@@ -1,0 +1,73 @@
+"""A reply is judged before it is used."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from fedloru_flwr import wire
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a good reply looks like.
+
+    Attributes:
+        lineage: the model the client was asked to work on.
+        trainables: keys in order, with shapes and dtypes; None for an evaluation reply.
+        statistics: the same for running statistics.
+        weighted_by: the metric that weighs the reply.
+    """
+
+    lineage: str
+    trainables: Mapping[str, Tensor] | None
+    statistics: Mapping[str, Tensor]
+    weighted_by: str
+
+
+class Rejected(ValueError):
+    """Why a reply is not used."""
+
+
+def judge(message: Message, expected: Expected) -> wire.Reply:
+    """Return the parsed reply, or raise `Rejected` with the reason."""
+    if message.has_error():
+        reason = " ".join((message.error.reason or "no reason given").split())
+        raise Rejected(f"error {message.error.code}: {_end_of(reason)}")
+    try:
+        reply = wire.read_reply(message.content, trained=expected.trainables is not None)
+    except wire.WireError as error:
+        raise Rejected(str(error)) from error
+    weight = reply.metrics.get(expected.weighted_by)
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
+        raise Rejected(f"{expected.weighted_by} must be a positive number, got {weight!r}")
+    if reply.lineage != expected.lineage:
+        raise Rejected(f"it worked on lineage {reply.lineage[:12] or 'unknown'}, expected {expected.lineage[:12]}")
+    if expected.trainables is not None:
+        _check_tensors("trainable", reply.tensors, expected.trainables)
+        _check_tensors("statistics", reply.statistics, expected.statistics)
+    return reply
+
+
+def _check_tensors(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    if list(got) != list(expected):
+        missing, extra = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
+        if missing or extra:
+            raise Rejected(f"{what} tensors: missing {missing[:3]}, unexpected {extra[:3]}")
+        raise Rejected(f"{what} tensors are in another order than they were sent")
+    for name, tensor in got.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape:
+            raise Rejected(f"{what} tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}")
+        if tensor.dtype != wanted.dtype:
+            raise Rejected(f"{what} tensor {name} has dtype {tensor.dtype}, expected {wanted.dtype}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise Rejected(f"{what} tensor {name} holds NaN or infinite values")
+
+
+def _end_of(reason: str, length: int = 400) -> str:
+    """The end of a reason: where a remote traceback is part of it, what was raised stands last."""
+    return reason if len(reason) <= length else f"...{reason[-length:]}"

@@ -1,0 +1,149 @@
+"""Which clients there are, under which node ids, and who takes part in a round."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from logging import INFO, WARNING
+
+from flwr.app import Message
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.superlink.grid.inmemory_grid import InMemoryGrid
+
+from fedloru_flwr import wire
+from fedloru_flwr.lowrank import choose
+
+_POLL_SECONDS = 0.2
+_SETTLE_SECONDS = 1.0
+_SIMULATION_PATIENCE_SECONDS = 30.0
+
+
+class RosterError(RuntimeError):
+    """The clients that were expected are not there, or are not who they should be."""
+
+
+def participants(total: int, fraction: float, at_least: int) -> int:
+    """``floor(fraction * total)``, but at least ``at_least`` and one, at most ``total``; 0 where the fraction is 0."""
+    if fraction == 0.0:
+        return 0
+    return min(total, max(math.floor(fraction * total + 1e-9), at_least, 1))
+
+
+class Roster:
+    """Maps logical clients to the nodes they run on.
+
+    A client's identity comes from its answer to an enrolment query, or from its first reply where the app does not
+    answer queries. Until then it goes by the order in which nodes registered, which in a simulation is its partition id.
+    """
+
+    def __init__(self) -> None:
+        self._client_of: dict[int, str] = {}
+        self._confirmed: set[int] = set()
+
+    def client(self, node_id: int) -> str:
+        """The client that runs on this node."""
+        return self._client_of.get(node_id, f"node-{node_id}")
+
+    def wait(self, grid: Grid, expected: int | None, at_least: int, timeout: float) -> None:
+        """Wait until all expected nodes are connected, or, without a number, until no more are coming.
+
+        Flower starts the server's app before its nodes are registered, so that a strategy that looks at once
+        sees few of them or none.
+
+        Raises:
+            RosterError: if they do not come in time.
+        """
+        start = last_change = last_word = time.monotonic()
+        count = -1
+        patience = min(timeout, _SIMULATION_PATIENCE_SECONDS) if isinstance(grid, InMemoryGrid) else timeout
+        while True:
+            now = time.monotonic()
+            online = len(set(grid.get_node_ids()))
+            if online != count:
+                count, last_change = online, now
+            if expected is not None and count >= expected:
+                return
+            if expected is None and count >= max(at_least, 1) and now - last_change >= _SETTLE_SECONDS:
+                return
+            wanted = expected if expected is not None else max(at_least, 1)
+            if now - start > patience:
+                raise RosterError(
+                    f"{count} of {wanted} SuperNodes are connected after {patience:.0f} s. Start the others, or set "
+                    "num-clients to the number of SuperNodes (a simulation: num-supernodes of the connection)"
+                )
+            if now - last_word > 10:
+                log(INFO, "waiting for SuperNodes: %d of %d connected", count, wanted)
+                last_word = now
+            time.sleep(_POLL_SECONDS)
+
+    def refresh(self, grid: Grid) -> list[int]:
+        """Learn of the nodes that are online now and return those not seen before."""
+        nodes = sorted(grid.get_nodes(), key=lambda node: (str(node.registered_at), node.node_id))
+        new = [node.node_id for node in nodes if node.node_id not in self._client_of]
+        taken = set(self._client_of.values())
+        for position, node in enumerate(nodes):
+            if node.node_id not in self._client_of:
+                provisional = str(position)
+                self._client_of[node.node_id] = provisional if provisional not in taken else f"node-{node.node_id}"
+        self._online = {node.node_id for node in nodes}
+        return new
+
+    def enrol(
+        self, grid: Grid, node_ids: Sequence[int], timeout: float, count: Callable[[str, str, Message], None]
+    ) -> None:
+        """Ask the nodes who they are.
+
+        Args:
+            grid: to ask through.
+            node_ids: whom to ask.
+            timeout: seconds to wait.
+            count: called with direction, purpose and message, for the bill.
+
+        Raises:
+            RosterError: if two nodes give one identity, or a node speaks another protocol.
+        """
+        messages = [Message(wire.enrolment_query(), node_id, "query") for node_id in node_ids]
+        for message in messages:
+            count("down", "enrolment", message)
+        for reply in grid.send_and_receive(messages, timeout=timeout):
+            node_id = reply.metadata.src_node_id
+            if reply.has_error():
+                if "No query function registered" not in (reply.error.reason or ""):
+                    log(WARNING, "node %d did not enrol: %s", node_id, reply.error.reason)
+                continue
+            count("up", "enrolment", reply)
+            try:
+                self.confirm(node_id, wire.read_enrolment(reply.content).client)
+            except wire.WireError as error:
+                raise RosterError(f"node {node_id} cannot take part: {error}") from error
+
+    def confirm(self, node_id: int, client: str) -> None:
+        """Note the identity a node has given.
+
+        Raises:
+            RosterError: if another node that is online gave the same one.
+        """
+        if node_id in self._confirmed and self._client_of[node_id] == client:
+            return
+        for other, name in list(self._client_of.items()):
+            if name != client or other == node_id:
+                continue
+            if other in self._confirmed and other in self._online:
+                raise RosterError(
+                    f"two SuperNodes ({other} and {node_id}) say they are client {client!r}: give each its own "
+                    "client-id (or partition-id) in its node config"
+                )
+            if other in self._confirmed:
+                del self._client_of[other]  # the same client has come back under a new node id
+                self._confirmed.discard(other)
+            else:
+                self._client_of[other] = f"node-{other}"
+        self._client_of[node_id] = client
+        self._confirmed.add(node_id)
+
+    def draw(self, seed: int, phase: str, server_round: int, fraction: float, at_least: int) -> list[tuple[str, int]]:
+        """Draw this round's participants among the clients online, by logical client, sorted by it."""
+        node_of = {self._client_of[node_id]: node_id for node_id in sorted(self._online)}
+        count = participants(len(node_of), fraction, at_least)
+        drawn = choose(seed, "participants", phase, server_round, items=list(node_of), count=count)
+        return [(client, node_of[client]) for client in drawn]

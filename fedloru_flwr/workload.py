@@ -1,0 +1,101 @@
+"""From settings to data and network, the same on the server and on every client."""
+
+from flwr.app import Context
+
+from fedloru_flwr.config import ConfigError, RunConfig
+from fedloru_flwr.data import (
+    ClientData,
+    DataConfig,
+    DataError,
+    DataSpec,
+    Samples,
+    load_central,
+    load_client,
+    load_own,
+    validate,
+)
+from fedloru_flwr.lowrank import AccumulationSchedule, LearningRateSchedule
+from fedloru_flwr.models import NetworkFactory
+
+
+def data_config(config: RunConfig) -> DataConfig:
+    """The data settings of a run."""
+    return DataConfig(
+        dataset=config.dataset,
+        data_path=config.data_path,
+        partitioner=config.partitioner,
+        num_clients=config.num_clients,
+        dirichlet_alpha=config.dirichlet_alpha,
+        shards_per_client=config.shards_per_client,
+        min_partition_size=config.min_partition_size,
+        label_column=config.label_column,
+        input_columns=config.input_columns,
+        classes=config.classes,
+        num_classes=config.num_classes,
+        seed=config.seed,
+    )
+
+
+def server_data(config: RunConfig) -> tuple[Samples | None, DataSpec]:
+    """The central held-out samples, None where only clients have data, and what a network has to fit."""
+    if config.dataset == "clients":
+        return None, DataSpec(config.sample_shape, config.num_classes)
+    validate(data_config(config))
+    return load_central(data_config(config))
+
+
+def client_data(config: RunConfig, context: Context) -> tuple[ClientData, DataSpec]:
+    """The data of the client at hand: its own where its node config has a ``data-path``, else its partition.
+
+    Raises:
+        DataError: if there is neither.
+    """
+    if own := context.node_config.get("data-path"):
+        return load_own(str(own), data_config(config))
+    partition_id = context.node_config.get("partition-id")
+    if not isinstance(partition_id, int) or config.dataset == "clients":
+        raise DataError(
+            "this client has no data: start its SuperNode with --node-config 'data-path=\"...\"' for data of its own, "
+            "or with partition-id for a share of the run's dataset"
+        )
+    return load_client(data_config(config), partition_id)
+
+
+def network_factory(config: RunConfig, spec: DataSpec) -> NetworkFactory:
+    """The network that fits the data.
+
+    Raises:
+        ConfigError: if it cannot take the data's samples.
+    """
+    try:
+        return NetworkFactory(
+            name=config.model,
+            input_shape=spec.input_shape,
+            num_classes=spec.num_classes,
+            width=config.model_width,
+            hidden=config.hidden_widths,
+            norm="batch" if config.norm == "batch" else "group",
+            seed=config.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def accumulation_schedule(config: RunConfig) -> AccumulationSchedule:
+    """When the run accumulates."""
+    if config.algorithm != "fedloru":
+        return AccumulationSchedule.never()
+    if config.accumulation_rounds:
+        return AccumulationSchedule.listed(config.accumulation_rounds)
+    return AccumulationSchedule.periodic(config.accumulate_every)
+
+
+def learning_rate(config: RunConfig, server_round: int) -> float:
+    """The clients' learning rate in a round."""
+    kind = config.learning_rate_schedule
+    schedule = LearningRateSchedule(
+        "cosine" if kind == "cosine" else "step" if kind == "step" else "constant",
+        config.learning_rate,
+        config.learning_rate_restart,
+    )
+    return schedule(server_round, config.num_server_rounds, accumulation_schedule(config))
