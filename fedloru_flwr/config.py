@@ -1,7 +1,7 @@
 """The run's settings: one flat table of kebab-case keys, checked before any client starts.
 
-The same keys stand in ``[tool.flwr.app.config]``, in a CONF.toml and behind ``fedloru run -c``. Defaults, ranges and help
-are declared here and nowhere else.
+The same keys stand in ``[tool.flwr.app.config]``, in a CONF.toml and behind ``fedloru run -c``. Defaults, ranges and
+help are declared here and nowhere else.
 """
 
 import dataclasses

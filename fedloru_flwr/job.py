@@ -182,11 +182,17 @@ def _to_continue(config: RunConfig) -> bool:
     return bool(config.run_name) or summary is None or summary["status"] != "finished"
 
 
-def _directory(config: RunConfig) -> RunDirectory:
+def directory_path(config: RunConfig) -> Path:
+    """Where the run's directory is or will be; with neither a name nor a run to continue, the output directory."""
     if config.resume not in ("", "auto"):
-        return RunDirectory.open(config.resume)
-    if _to_continue(config):
-        return RunDirectory.open(Path(config.output_dir).expanduser() / (config.run_name or "latest"))
+        return RunDirectory.open(config.resume).path
+    path = Path(config.output_dir).expanduser() / (config.run_name or "latest")
+    return RunDirectory.open(path).path if _to_continue(config) else path
+
+
+def _directory(config: RunConfig) -> RunDirectory:
+    if config.resume not in ("", "auto") or _to_continue(config):
+        return RunDirectory.open(directory_path(config))
     return RunDirectory.create(config.output_dir, config.run_name)
 
 

@@ -57,7 +57,7 @@ def batches(count: int, batch_size: int, generator: torch.Generator, *, no_singl
         generator: of the order.
         no_single: join a last batch of one sample to the one before it (batch normalisation cannot train on it).
     """
-    chunks = list(torch.randperm(count, generator=generator).split(batch_size))
+    chunks = list(torch.split(torch.randperm(count, generator=generator), batch_size))
     if no_single and len(chunks) > 1 and len(chunks[-1]) == 1:
         chunks[-2:] = [torch.cat(chunks[-2:])]
     yield from chunks

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -101,7 +102,8 @@ class InProcessGrid(Grid):
             return Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), reply_to=message)
         # The app gets records of its own: what it changes in them must not reach the next client.
         records = {key: type(record)(dict(record)) for key, record in message.content.items()}  # type: ignore[arg-type]
-        own = Message(RecordDict(records), metadata=message.metadata)
+        own = copy(message)
+        own.content = RecordDict(records)
         try:
             return self._app(own, context)
         except Exception as error:  # whatever the app raises becomes an error reply, as in Flower

@@ -1,7 +1,7 @@
 """Federated averaging, full rank (McMahan et al., arXiv 1602.05629).
 
-``W <- sum_k p_k W_k`` with ``p_k = n_k / sum_j n_j``: every trainable parameter is a dense leaf. A round moves the whole
-model down to and up from each participant.
+``W <- sum_k p_k W_k`` with ``p_k = n_k / sum_j n_j``: every trainable parameter is a dense leaf. A round moves the
+whole model down to and up from each participant.
 """
 
 from typing import Unpack

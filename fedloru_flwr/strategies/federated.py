@@ -321,9 +321,9 @@ class FederatedStrategy(Strategy):
                 result.evaluate_metrics_clientapp[server_round] = evaluated
             row = {
                 "round": server_round,
-                "accuracy": (evaluated or {}).get("accuracy"),
-                "loss": (evaluated or {}).get("loss"),
-                "train_loss": (metrics or {}).get("train_loss", (metrics or {}).get("train-loss")),
+                "accuracy": _metric(evaluated, "accuracy"),
+                "loss": _metric(evaluated, "loss"),
+                "train_loss": _metric(metrics, "train_loss", "train-loss"),
                 "clients_ok": len(exchange.good),
                 "clients_failed": len(exchange.failures),
                 "failures": dict(sorted(exchange.failures.items())),
@@ -820,6 +820,10 @@ def low_rank(settings: wire.Settings) -> Callable[[nn.Module], AdapterPlan]:
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _metric(metrics: MetricRecord | None, *names: str) -> object:
+    return next((metrics[name] for name in names if metrics is not None and name in metrics), None)
 
 
 def _as_number(value: Any) -> int | float:

@@ -1,7 +1,7 @@
 """FedLoRA: federated averaging of low-rank factors that are never accumulated (FedLoRU's baseline, arXiv 2409.12371).
 
-``A <- sum_k p_k A_k``, ``B <- sum_k p_k B_k``, dense leaves likewise; the model is ``W_0 + s B A`` for good, of rank ``r``.
-A round moves ``r (in + out)`` numbers a factorised layer and the dense leaves, down and up.
+``A <- sum_k p_k A_k``, ``B <- sum_k p_k B_k``, dense leaves likewise; the model is ``W_0 + s B A`` for good, of
+rank ``r``. A round moves ``r (in + out)`` numbers a factorised layer and the dense leaves, down and up.
 """
 
 from collections.abc import Sequence

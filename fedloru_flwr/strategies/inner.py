@@ -11,8 +11,8 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 class _CohortGrid(Grid):
     """Shows an inner strategy the drawn participants as all the nodes there are.
 
-    Where the strategy wants more nodes than were drawn (``min_train_nodes`` and the like) it is shown placeholders, whose
-    messages are not sent.
+    Where the strategy wants more nodes than were drawn (``min_train_nodes`` and the like) it is shown placeholders,
+    whose messages are not sent.
     """
 
     def __init__(self, grid: Grid, node_ids: list[int], at_least: int) -> None:

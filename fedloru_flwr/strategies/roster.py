@@ -33,7 +33,7 @@ class Roster:
     """Maps logical clients to the nodes they run on.
 
     A client's identity comes from its answer to an enrolment query, or from its first reply where the app does not
-    answer queries. Until then it goes by the order in which nodes registered, which in a simulation is its partition id.
+    answer queries. Until then it goes by the order in which nodes registered, in a simulation its partition id.
     """
 
     def __init__(self) -> None:

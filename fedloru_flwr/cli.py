@@ -1,0 +1,79 @@
+"""The command ``fedloru``.
+
+Exit status: 0 done, 1 failed (state saved), 2 bad input (nothing started).
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloru_flwr.config import ConfigError, parse_overrides
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def fedloru() -> None:
+    """FedLoRU: communication-efficient federated training with low-rank updates, on Flower."""
+
+
+@app.command()
+def run(
+    conf: Annotated[Path | None, typer.Argument(help="A TOML file of settings.", show_default=False)] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option("--config", "-c", help='Settings over the file\'s: "rank=8 learning-rate=0.05".'),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="flower: `flwr run` on Ray; in-process: the same apps in this process.")
+    ] = "flower",
+    resume: Annotated[str, typer.Option(help="auto, or the directory of a run to continue.")] = "",
+    num_actors: Annotated[
+        int | None, typer.Option(help="Ray workers; by default one a CPU.", show_default=False)
+    ] = None,
+    gpus_per_client: Annotated[float, typer.Option(help="GPUs a Ray worker counts for.")] = 0.0,
+) -> None:
+    """Run one federated training."""
+    from fedloru_flwr import launch
+
+    if engine == "in-process":
+        # Flower tells of each phase; the round lines say it all. FLWR_LOG_LEVEL brings it back.
+        logging.getLogger("flwr").setLevel(os.environ.get("FLWR_LOG_LEVEL", "ERROR"))
+    settings: dict[str, object] = {}
+    try:
+        for text in config or []:
+            settings |= parse_overrides(text)
+        if engine not in launch.ENGINES:
+            raise ConfigError(f"engine = {engine!r} is not one of {', '.join(launch.ENGINES)}")
+        chosen: launch.Engine = "in-process" if engine == "in-process" else "flower"
+        launch.run(
+            conf,
+            settings,
+            engine=chosen,
+            resume=resume,
+            num_actors=num_actors,
+            gpus_per_client=gpus_per_client,
+            on_line=lambda line: print(line, flush=True),
+        )
+    except ValueError as error:
+        _fail(error, 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; continue with --resume", 130)
+    except Exception as error:
+        if os.environ.get("FEDLORU_DEBUG"):
+            raise
+        _fail(error, 1)
+
+
+def _fail(error: object, status: int) -> None:
+    print(f"fedloru: {error}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
