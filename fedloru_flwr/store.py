@@ -9,12 +9,12 @@ import contextlib
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from fedloru_flwr import atomic
 from fedloru_flwr.lowrank import Entry
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -50,10 +50,8 @@ class Store:
         return self.path / kind / f"{digest}.safetensors"
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-        from safetensors.torch import save
-
-        payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-        _replace(path, payload)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_tensors(path, tensors, metadata)
         self._trim(keep=path)
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
@@ -123,7 +121,9 @@ class Store:
     def set_held(self, root: str, client: str, lineage: str) -> None:
         """Note what ``client`` holds now."""
         if self.held(root, client) != lineage:
-            _replace(self._holdings(root, client), lineage.encode())
+            path = self._holdings(root, client)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(path, lineage)
 
     def _trim(self, keep: Path) -> None:
         files = []
@@ -138,15 +138,3 @@ class Store:
             if file != keep:
                 file.unlink(missing_ok=True)
                 total -= size
-
-
-def _replace(path: Path, payload: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -39,6 +39,11 @@ OrderKind = Literal["work", "entries", "base"]
 AnswerKind = Literal["need-base", "stored"]
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_REMOTE_MARKER = "ClientAppException occurred. Message: "
+_REASON_LENGTH = 400
+
+
 class WireError(ValueError):
     """A message is not what the protocol says it must be."""
 
@@ -346,6 +351,24 @@ def find_answer(message: Message) -> Answer | None:
         if isinstance(text := config.get(HEADER), str) and (answer := Answer.find(text)):
             return answer
     return None
+
+
+def error_reason(message: Message) -> str:
+    """What went wrong on the client, in one line: the exception's type and text.
+
+    Flower's reason is that line on a deployed client; in a simulation it is the text of a whole remote traceback, with
+    process ids and addresses that differ from run to run.
+    """
+    reason = _COLOUR.sub("", message.error.reason or "no reason given")
+    head, marker, said = reason.rpartition(_REMOTE_MARKER)
+    if marker:
+        said = said.removesuffix("'>")
+        kind = re.search(rf"^(?:[\w.]+\.)?(\w+): {re.escape(said[:80])}", head, re.MULTILINE)
+        reason = f"{kind[1]}: {said}" if kind else said
+    elif plain := re.fullmatch(r"<class '(?:[\w.]+\.)?(\w+)'>:<'(.*)'>", reason, re.DOTALL):
+        reason = f"{plain[1]}: {plain[2]}"
+    line = " ".join(reason.split())
+    return line if len(line) <= _REASON_LENGTH else f"{line[:_REASON_LENGTH]}..."
 
 
 def read_reply(content: RecordDict, *, trained: bool) -> Reply:

@@ -56,7 +56,8 @@ class FlowerOutcome:
     """How a run ended, in Flower's own words.
 
     `status` is what `flwr list` says (`finished:completed`, `finished:failed`, `finished:stopped`), or
-    `timeout` or `lost` when the run was ended here: it took too long, or its SuperLink died.
+    `timeout`, `lost` or `unknown` when the run was ended here: it took too long, its SuperLink died, or Flower
+    did not say.
     """
 
     completed: bool
@@ -169,7 +170,6 @@ def _follow(
             if superlink.poll() is not None:
                 details = f"Flower's SuperLink ended ({superlink.returncode}) during the run:\n{_log_end(home)}"
                 return FlowerOutcome(False, "lost", details, run_id)
-            line = ""
         else:
             if line is None:
                 break
@@ -187,14 +187,16 @@ def _follow(
         said += [line for line in _log_end(home).splitlines() if line.startswith("ERROR")]  # the reason, in full
         raise FlowerError(f"`flwr run` did not accept the app in {command[2]}:\n" + "\n".join(said))
     # The stream can end without the run: when the connection breaks.
+    unknown = 0
     while True:
         status, details = _status(run_id, env, superlink, home)
-        if status.startswith("finished") or status == "lost":
+        unknown = unknown + 1 if status == "unknown" else 0
+        if status.startswith("finished") or status == "lost" or unknown == 5:
             break
         if deadline is not None and time.monotonic() > deadline:
             return FlowerOutcome(False, "timeout", f"ended after {timeout:g} seconds (timeout)", run_id)
         time.sleep(1)
-    if status != "lost":
+    if status.startswith("finished"):
         _await_exit(superlink.pid)
     return FlowerOutcome(status == "finished:completed", status, details, run_id)
 

@@ -107,7 +107,7 @@ class InProcessGrid(Grid):
         try:
             return self._app(own, context)
         except Exception as error:  # whatever the app raises becomes an error reply, as in Flower
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error)}:<'{error}'>"  # as on a deployed client
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fedloru_flwr.runs import atomic
+from fedloru_flwr import atomic
 from fedloru_flwr.runs.units import format_bytes, format_ratio
 
 if TYPE_CHECKING:

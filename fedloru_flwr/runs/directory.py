@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fedloru_flwr.runs import atomic
+from fedloru_flwr import atomic
 
 LATEST = "latest"
 LATEST_TEXT = "latest.txt"  # where symbolic links are not possible

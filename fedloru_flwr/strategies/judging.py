@@ -35,8 +35,7 @@ class Rejected(ValueError):
 def judge(message: Message, expected: Expected) -> wire.Reply:
     """Return the parsed reply, or raise `Rejected` with the reason."""
     if message.has_error():
-        reason = " ".join((message.error.reason or "no reason given").split())
-        raise Rejected(f"error {message.error.code}: {_end_of(reason)}")
+        raise Rejected(f"error {message.error.code}: {wire.error_reason(message)}")
     try:
         reply = wire.read_reply(message.content, trained=expected.trainables is not None)
     except wire.WireError as error:
@@ -66,8 +65,3 @@ def _check_tensors(what: str, got: Mapping[str, Tensor], expected: Mapping[str, 
             raise Rejected(f"{what} tensor {name} has dtype {tensor.dtype}, expected {wanted.dtype}")
         if not bool(torch.isfinite(tensor).all()):
             raise Rejected(f"{what} tensor {name} holds NaN or infinite values")
-
-
-def _end_of(reason: str, length: int = 400) -> str:
-    """The end of a reason: where a remote traceback is part of it, what was raised stands last."""
-    return reason if len(reason) <= length else f"...{reason[-length:]}"

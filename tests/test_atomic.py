@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fedloru_flwr.runs import atomic
+from fedloru_flwr import atomic
 
 
 def hidden_files(directory):
