@@ -3,7 +3,6 @@
 Exit status: 0 done, 1 failed (state saved), 2 bad input (nothing started).
 """
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -41,8 +40,8 @@ def run(
     from fedloru_flwr import launch
 
     if engine == "in-process":
-        # Flower tells of each phase; the round lines say it all. FLWR_LOG_LEVEL brings it back.
-        logging.getLogger("flwr").setLevel(os.environ.get("FLWR_LOG_LEVEL", "ERROR"))
+        # Flower tells of each phase, which the round lines say as well; FLWR_LOG_LEVEL=INFO brings it back.
+        os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")
     settings: dict[str, object] = {}
     try:
         for text in config or []:

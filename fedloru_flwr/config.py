@@ -7,6 +7,7 @@ help are declared here and nowhere else.
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any, Self
 
 Scalar = bool | int | float | str
+
+
+# A key, then a value in double quotes, in single quotes, or without blanks and quotes; then a blank or the end.
+_PAIR = re.compile(r"""([^\s=]+)=("(?:[^"\\]|\\.)*"|'[^']*'|[^\s"']+)(?:\s+|$)""")
 
 
 class ConfigError(ValueError):
@@ -72,6 +77,8 @@ class RunConfig:
     dirichlet_alpha: float = _setting(0.5, "concentration of the Dirichlet partitioner", above=0)
     shards_per_client: int = _setting(2, "pieces of the sorted data a client gets", low=1)
     min_partition_size: int = _setting(2, "fewest samples of a client", low=2)
+    test_fraction: float = _setting(0.2, "central test part of a source without a test split", above=0, high=0.9)
+    held_out_fraction: float = _setting(0.2, "part of its samples a client does not train on", above=0, high=0.9)
     model: str = _setting("cnn", "the network", choices=("cnn", "mlp", "resnet10", "resnet18"))
     model_width: int = _setting(0, "channels of the first stage; 0 is the network's default", low=0)
     hidden: str = _setting("256,256", "widths of the multilayer perceptron's hidden layers")
@@ -170,21 +177,18 @@ def parse_overrides(text: str) -> dict[str, object]:
     Raises:
         ConfigError: if something is not ``key=value``.
     """
-    import shlex
-
     settings: dict[str, object] = {}
-    try:
-        words = shlex.split(text, posix=False)
-    except ValueError as error:
-        raise ConfigError(f"-c {text!r}: {error}") from error
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key or not value:
-            raise ConfigError(f"-c: expected key=value, got {word!r}")
+    rest = text.strip()
+    while rest:
+        pair = _PAIR.match(rest)
+        if pair is None:
+            raise ConfigError(f"-c: expected key=value pairs separated by blanks, got {rest!r}")
+        key, value = pair.groups()
         try:
             settings[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             settings[key] = value
+        rest = rest[pair.end() :]
     return settings
 
 

@@ -131,7 +131,7 @@ class Job:
         resumed_from = next((row for row in rows if found and row["round"] == found[0]), None)
         with RoundProgress(console, config.num_server_rounds, resumed_from=resumed_from) as progress:
             strategy = self.strategy(progress)
-            _introduce(console, strategy, config, self.directory)
+            _introduce(console, strategy, config, self.directory, found[0] if found else 0)
             if isinstance(grid, InProcessGrid):
                 grid.on_reply = progress.client_done
             strategy.start(
@@ -152,7 +152,9 @@ class Job:
         return evaluate(model, self.samples, choose_device(self.config.device))
 
 
-def _introduce(console: Console, strategy: FederatedStrategy, config: RunConfig, directory: RunDirectory) -> None:
+def _introduce(
+    console: Console, strategy: FederatedStrategy, config: RunConfig, directory: RunDirectory, done: int
+) -> None:
     state, plan = strategy.state, strategy.plan
     trained = sum(tensor.numel() for tensor in state.trainables.values())
     total = sum(tensor.numel() for tensor in strategy.merged_state_dict().values())
@@ -164,8 +166,8 @@ def _introduce(console: Console, strategy: FederatedStrategy, config: RunConfig,
     if plan.layers:
         lines.append(f"rank {config.rank} factors for: {', '.join(layer.name for layer in plan.layers)}")
     lines += [f"  {note}" for note in plan.notes]
-    if state.server_round:
-        lines.append(f"continuing after round {state.server_round}")
+    if done:
+        lines.append(f"continuing after round {done}")
     lines.append(f"run directory: {directory.path}")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)

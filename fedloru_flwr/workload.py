@@ -32,6 +32,8 @@ def data_config(config: RunConfig) -> DataConfig:
         input_columns=config.input_columns,
         classes=config.classes,
         num_classes=config.num_classes,
+        test_fraction=config.test_fraction,
+        held_out_fraction=config.held_out_fraction,
         seed=config.seed,
     )
 

@@ -225,6 +225,7 @@ class FederatedStrategy(Strategy):
         self._bill = Bill()
         self._roster = Roster()
         self._held: dict[str, str] = {}
+        self._enrolled: set[str] = set()
         self._silent: set[str] = set()
         self.state = initial_state(self._model, self.plan, self.seed)
         self._root_base = self.state.base
@@ -373,7 +374,16 @@ class FederatedStrategy(Strategy):
     def _meet(self, grid: Grid, timeout: float) -> None:
         new = self._roster.refresh(grid)
         if self._enrol and new:
-            self._roster.enrol(grid, new, timeout, self._bill.message)
+            self._roster.enrol(grid, new, timeout, self._count_enrolment)
+
+    def _count_enrolment(self, client: str, query: Message, reply: Message | None) -> None:
+        """Put a client's enrolment on the bill, once a run: asking again after a resume is not the run's cost."""
+        if client in self._enrolled:
+            return
+        self._enrolled.add(client)
+        self._bill.message("down", "enrolment", query)
+        if reply is not None:
+            self._bill.message("up", "enrolment", reply)
 
     def _train(
         self, grid: Grid, server_round: int, config: ConfigRecord, timeout: float
@@ -621,6 +631,7 @@ class FederatedStrategy(Strategy):
             Ledger(saved["root"], entries),
         )
         self._held = dict(saved["held"])
+        self._enrolled = set(saved["enrolled"])
         self._run.truncate_rounds(server_round)
         for row in self._run.read_rounds():
             metrics = {name: row[name] for name in ("accuracy", "loss") if row[name] is not None}
@@ -675,7 +686,13 @@ class FederatedStrategy(Strategy):
         self._run.write_checkpoint(
             state.server_round,
             tensors,
-            {"settings": self._fingerprint(), "root": state.ledger.root, "entries": links, "held": self._held},
+            {
+                "settings": self._fingerprint(),
+                "root": state.ledger.root,
+                "entries": links,
+                "held": self._held,
+                "enrolled": sorted(self._enrolled),
+            },
         )
 
 

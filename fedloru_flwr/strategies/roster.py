@@ -89,7 +89,7 @@ class Roster:
         return new
 
     def enrol(
-        self, grid: Grid, node_ids: Sequence[int], timeout: float, count: Callable[[str, str, Message], None]
+        self, grid: Grid, node_ids: Sequence[int], timeout: float, count: Callable[[str, Message, Message | None], None]
     ) -> None:
         """Ask the nodes who they are.
 
@@ -97,25 +97,26 @@ class Roster:
             grid: to ask through.
             node_ids: whom to ask.
             timeout: seconds to wait.
-            count: called with direction, purpose and message, for the bill.
+            count: called with client, query and reply (None if there was no good one), for the bill.
 
         Raises:
             RosterError: if two nodes give one identity, or a node speaks another protocol.
         """
-        messages = [Message(wire.enrolment_query(), node_id, "query") for node_id in node_ids]
-        for message in messages:
-            count("down", "enrolment", message)
-        for reply in grid.send_and_receive(messages, timeout=timeout):
-            node_id = reply.metadata.src_node_id
-            if reply.has_error():
-                if "No query function registered" not in (reply.error.reason or ""):
-                    log(WARNING, "node %d did not enrol: %s", node_id, reply.error.reason)
+        queries = {node_id: Message(wire.enrolment_query(), node_id, "query") for node_id in node_ids}
+        replies = {r.metadata.src_node_id: r for r in grid.send_and_receive(list(queries.values()), timeout=timeout)}
+        for node_id, query in queries.items():
+            reply = replies.get(node_id)
+            if reply is None or reply.has_error():
+                reason = "no reply" if reply is None else wire.error_reason(reply)
+                if "No query function registered" not in reason:
+                    log(WARNING, "node %d did not enrol: %s", node_id, reason)
+                count(self.client(node_id), query, None)
                 continue
-            count("up", "enrolment", reply)
             try:
                 self.confirm(node_id, wire.read_enrolment(reply.content).client)
             except wire.WireError as error:
                 raise RosterError(f"node {node_id} cannot take part: {error}") from error
+            count(self.client(node_id), query, reply)
 
     def confirm(self, node_id: int, client: str) -> None:
         """Note the identity a node has given.

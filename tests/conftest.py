@@ -1,0 +1,20 @@
+"""What every test needs: no telemetry, no file outside temporary directories."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(autouse=True)
+def private_places(tmp_path_factory, monkeypatch):
+    """Give each test a store, a Flower home and a matplotlib cache of its own."""
+    places = tmp_path_factory.mktemp("places")
+    monkeypatch.setenv("FEDLORU_STORE", str(places / "store"))
+    monkeypatch.setenv("FLWR_HOME", str(places / "flower"))
+    if "MPLCONFIGDIR" not in os.environ:
+        monkeypatch.setenv("MPLCONFIGDIR", str(places / "matplotlib"))
