@@ -1,0 +1,133 @@
+"""Real runs: `flwr run`, SuperLink, Ray."""
+
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+import fedloru_flwr
+from fedloru_flwr import wire
+from fedloru_flwr.engines.flower import run_on_flower
+from fedloru_flwr.launch import RunFailedError
+from fedloru_flwr.strategies import FedLoRU
+
+SETTINGS = {
+    "num-clients": 8,
+    "num-server-rounds": 3,
+    "local-epochs": 1,
+    "accumulate-every": 1,
+    "fraction-evaluate": 0.5,
+    "norm": "batch",
+    "model": "resnet10",
+    "model-width": 8,
+}
+
+
+@pytest.fixture
+def output_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+def run(name: str, engine: str = "flower", **more) -> Path:
+    actors = more.pop("num_actors", None)
+    settings = {**SETTINGS, "run-name": name, **more}
+    return Path(
+        fedloru_flwr.run(config=settings, engine=engine, num_actors=actors, on_line=lambda line: None)["run_dir"]
+    )
+
+
+def test_a_run_on_ray_and_one_in_process_are_the_same_byte_for_byte(output_dir, rows_of):
+    on_ray = run("ray", num_actors=2)
+    in_process = run("in-process", engine="in-process")
+    assert rows_of(on_ray) == rows_of(in_process)
+    assert [row["ledger_version"] for row in rows_of(on_ray)] == [0, 1, 2, 3]
+    assert all(row["clients_failed"] == 0 for row in rows_of(on_ray))
+    assert (on_ray / "model.safetensors").read_bytes() == (in_process / "model.safetensors").read_bytes()
+    marked = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    assert marked == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("into", ["merge", "stack"])
+def test_neither_the_number_of_actors_nor_the_engine_changes_a_byte(into, output_dir, rows_of):
+    runs = [run(f"{into}-{actors}", num_actors=actors, **{"accumulate-into": into}) for actors in (1, 2)]
+    runs.append(run(f"{into}-in-process", engine="in-process", **{"accumulate-into": into}))
+    assert rows_of(runs[0]) == rows_of(runs[1]) == rows_of(runs[2])
+    models = [(path / "model.safetensors").read_bytes() for path in runs]
+    assert models[0] == models[1] == models[2]
+
+
+@pytest.mark.slow
+def test_three_actors_and_four_clients_never_lose_a_reply_to_an_older_base(output_dir, rows_of):
+    settings = {
+        "num-clients": 4,
+        "num-server-rounds": 12,
+        "fraction-train": 0.75,
+        "fraction-evaluate": 0.0,
+        "model": "cnn",
+    }
+    on_ray = run("three", num_actors=3, **settings)
+    rows = rows_of(on_ray)
+    assert [(row["clients_ok"], row["clients_failed"]) for row in rows[1:]] == [(3, 0)] * 12
+    assert rows[-1]["ledger_version"] == 12
+    assert all("repeats" not in row["bytes_by_purpose"] and "base" not in row["bytes_by_purpose"] for row in rows)
+    assert rows_of(run("three-in-process", engine="in-process", **settings)) == rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedlora"])
+def test_the_baselines_run_on_ray(algorithm, output_dir, rows_of):
+    rows = rows_of(run(algorithm, algorithm=algorithm, model="cnn", **{"learning-rate-schedule": "cosine"}))
+    assert [row["ledger_version"] for row in rows] == [0, 0, 0, 0]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.slow
+def test_flwr_run_works_on_the_checkout_itself(output_dir):
+    checkout = Path(fedloru_flwr.__file__).parent.parent
+    settings = {**SETTINGS, "output-dir": str(output_dir), "run-name": "plain", "model": "mlp"}
+    lines: list[str] = []
+    outcome = run_on_flower(checkout, settings, num_supernodes=8, on_line=lines.append)
+    assert outcome.completed, "\n".join(lines)
+    assert (output_dir / "plain" / "summary.json").exists()
+    assert any(line.startswith("round 3/3") for line in lines)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_on_flower_is_a_failure_here(output_dir):
+    with pytest.raises(RunFailedError, match="finished:failed"):
+        run("failing", timeout=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_from", ["factory", "instance"])
+def test_another_app_gains_low_rank_training_by_swapping_the_strategy(model_from, output_dir, quickstart, rows_of):
+    run_dir = output_dir / "quickstart"
+    lines: list[str] = []
+    config = {"model-from": model_from, "run-dir": str(run_dir), "num-server-rounds": 6}
+    outcome = run_on_flower(quickstart, config, num_supernodes=6, ray_num_cpus=2, on_line=lines.append)
+    assert outcome.completed, "\n".join(lines)
+    rows = rows_of(run_dir)
+    assert [(row["clients_ok"], row["clients_failed"]) for row in rows[1:]] == [(3, 0)] * 6
+    assert "evaluated rounds: [1, 2, 3, 4, 5, 6]" in lines
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    base = [row["bytes_by_purpose"].get("base", {"down": 0})["down"] for row in rows]
+    sizes = {"factory": 0, "instance": 6 * bytes_of_w0(quickstart)}  # once for each of the six clients, ever
+    assert sum(base) == sizes[model_from]
+
+
+def bytes_of_w0(app: Path) -> int:
+    """What a message with the whole base of the app's model weighs."""
+    sys.path.insert(0, str(app))
+    try:
+        from quickstart.task import Net
+    finally:
+        sys.path.remove(str(app))
+    strategy = FedLoRU(Net, rank=2, alpha=4)
+    ledger = strategy.state.ledger
+    content = wire.supply_content(
+        "base", root=ledger.root, lineage=ledger.lineage, settings=strategy.settings, base=strategy.state.base
+    )
+    return wire.content_bytes(content)

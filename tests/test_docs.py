@@ -1,0 +1,112 @@
+"""What the documents say is true: settings, defaults, snippets."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from make_settings_table import PATH, table
+from torch import nn
+
+from fedloru_flwr.config import RunConfig, read_config_file
+from fedloru_flwr.engines.in_process import run_in_process
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_table_of_settings_is_that_of_the_package():
+    assert PATH.read_text() == table(), "write it anew: python tests/make_settings_table.py"
+
+
+def test_the_readme_gives_the_real_keys_and_defaults():
+    defaults = RunConfig().as_mapping()
+    table_of_readme = (ROOT / "README.md").read_text().split("## Settings")[1].split("## In your own")[0]
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", table_of_readme, re.MULTILINE)
+    assert len(rows) >= 10
+    for keys, values in rows:
+        for key, value in zip(
+            re.findall(r"`([^`]+)`", keys), re.findall(r"`([^`]*)`|(a time stamp)", values), strict=True
+        ):
+            shown = value[0].strip('"')
+            assert str(defaults[key]) == shown, key
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*.toml")), ids=lambda path: path.name)
+def test_every_configuration_file_is_valid(path):
+    assert RunConfig.from_mapping(read_config_file(path))
+
+
+def test_every_link_of_the_documents_leads_somewhere():
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(12, 16)
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.hidden(x)))
+
+
+def my_training_loop(model, loader):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for inputs, labels in loader:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), labels)
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def blocks(document: str, first_line: str) -> str:
+    found = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    (block,) = [block for block in found if block.startswith(first_line)]
+    return block
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/drop-in.md"])
+def test_the_drop_in_snippets_run_as_they_stand(document):
+    samples = torch.utils.data.TensorDataset(torch.randn(20, 12), torch.randint(3, (20,)))
+    loader = torch.utils.data.DataLoader(samples, batch_size=5, shuffle=True)
+    client = ClientApp()
+    names = {
+        "Net": Net,
+        "app": client,
+        "my_training_loop": my_training_loop,
+        "my_loader": loader,
+        "test": lambda m: 0.5,
+    }
+    exec(blocks(document, "# client_app.py"), names)
+    server = ServerApp()
+    kept = {}
+
+    @server.main()
+    def main(grid, context):
+        exec(
+            blocks(document, "# server_app.py").replace("num_rounds=50", "num_rounds=11"),
+            kept | names | {"grid": grid},
+            kept,
+        )
+
+    run_in_process(server, client, num_supernodes=4)
+    assert kept["strategy"].state.ledger.version == 1
+    Net().load_state_dict(kept["state_dict"])
+
+
+def test_the_strategies_named_in_the_docs_compose(recwarn):
+    source = blocks("docs/algorithms.md", "from flwr.serverapp.strategy import")
+    from fedloru_flwr.strategies import FedLoRU
+
+    exec(source, {"Net": Net, "FedLoRU": lambda model, **more: FedLoRU(model, rank=2, alpha=2, **more)})
+
+
+def test_the_connection_of_the_readme_is_toml():
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert tomllib.loads(block)["superlink"]["local-simulation"]["options"]["num-supernodes"] == 100
