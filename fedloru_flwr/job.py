@@ -11,14 +11,14 @@ from rich.console import Console
 from torch import nn
 
 from fedloru_flwr.clients.training import choose_device, evaluate
-from fedloru_flwr.config import ConfigError, RunConfig
+from fedloru_flwr.config import RunConfig
 from fedloru_flwr.data import Samples
 from fedloru_flwr.engines.in_process import InProcessGrid
 from fedloru_flwr.models import NetworkFactory, plan_adapter, plan_full
+from fedloru_flwr.registry import build_strategy
 from fedloru_flwr.runs import RoundProgress, RunDirectory, closing_table
-from fedloru_flwr.strategies import ALGORITHMS, FederatedStrategy, FedLoRU
+from fedloru_flwr.strategies import FederatedStrategy
 from fedloru_flwr.strategies.federated import CommonOptions
-from fedloru_flwr.strategies.fedlora import FedLoRA
 from fedloru_flwr.workload import network_factory, server_data
 
 
@@ -96,31 +96,7 @@ class Job:
             "min_evaluate_nodes": 1,
             "min_available_nodes": 1,
         }
-        if config.algorithm == "fedavg":
-            return ALGORITHMS["fedavg"](self.factory, seed=config.seed, **common)  # type: ignore[call-arg]
-        if config.algorithm == "fedlora":
-            return FedLoRA(
-                self.factory,
-                rank=config.rank,
-                alpha=config.alpha,
-                target_modules=config.target_modules,
-                dense_leaves=config.dense_leaves,
-                seed=config.seed,
-                **common,
-            )
-        return FedLoRU(
-            self.factory,
-            rank=config.rank,
-            alpha=config.alpha,
-            accumulate_every=config.accumulate_every,
-            accumulate_at=config.accumulation_rounds,
-            reinit="keep" if config.reinit == "keep" else "reset",
-            accumulate_into="stack" if config.accumulate_into == "stack" else "merge",
-            target_modules=config.target_modules,
-            dense_leaves=config.dense_leaves,
-            seed=config.seed,
-            **common,
-        )
+        return build_strategy(config, self.factory, **common)
 
     def run(self, grid: Grid, console: Console | None = None) -> dict[str, Any]:
         """Train, show progress, and return the summary."""
@@ -203,6 +179,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-__all__ = ["ConfigError", "Job", "check"]

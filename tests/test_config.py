@@ -1,3 +1,4 @@
+import dataclasses
 import tomllib
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import pytest
 
 from fedloru_flwr.config import ConfigError, RunConfig, parse_overrides, read_config_file
 from fedloru_flwr.engines.app_dir import app_table
+from fedloru_flwr.registry import BUILDERS
 
 
 def test_defaults_are_valid_and_survive_a_round_trip():
@@ -12,6 +14,11 @@ def test_defaults_are_valid_and_survive_a_round_trip():
     assert RunConfig.from_mapping(config.as_mapping()) == config
     assert RunConfig.from_mapping({}) == config
     assert config.as_mapping()["local-epochs"] == config.local_epochs
+
+
+def test_every_algorithm_that_can_be_named_can_be_built():
+    (setting,) = [field for field in dataclasses.fields(RunConfig) if field.name == "algorithm"]
+    assert setting.metadata["choices"] == tuple(BUILDERS)
 
 
 def test_the_pyproject_declares_the_app_that_the_package_runs():

@@ -1,4 +1,4 @@
-"""Server side: one algorithm a file, registered by name."""
+"""Server side: one algorithm a file."""
 
 from fedloru_flwr.strategies.fedavg import FedAvg
 from fedloru_flwr.strategies.federated import FederatedStrategy, ResumeError
@@ -6,6 +6,4 @@ from fedloru_flwr.strategies.fedlora import FedLoRA
 from fedloru_flwr.strategies.fedloru import FedLoRU
 from fedloru_flwr.strategies.roster import RosterError
 
-ALGORITHMS: dict[str, type[FederatedStrategy]] = {"fedavg": FedAvg, "fedlora": FedLoRA, "fedloru": FedLoRU}
-
-__all__ = ["ALGORITHMS", "FedAvg", "FedLoRA", "FedLoRU", "FederatedStrategy", "ResumeError", "RosterError"]
+__all__ = ["FedAvg", "FedLoRA", "FedLoRU", "FederatedStrategy", "ResumeError", "RosterError"]
