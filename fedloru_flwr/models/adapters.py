@@ -31,15 +31,13 @@ class AdaptedModel:
         self.plan = plan
         self._lora: dict[str, Any] = {}
         self._parameters = dict(module.named_parameters())
-        self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in set(plan.statistics)}
+        owners = {name: name.rpartition(".") for name in plan.statistics}
+        self._owners = {name: (module.get_submodule(owner), local) for name, (owner, _, local) in owners.items()}
         self._seen: set[str] = set()
         self._watches: list[Any] = []
-        for name in plan.base:
-            self._parameters[name].requires_grad_(False)
-        for name in plan.dense_leaves:
-            self._parameters[name].requires_grad_(True)
         if plan.layers:
             self._attach()
+        self._set_gradients()
         if has_fused_transformer(module):
             # torch's fused encoder reads the base weights directly in eval mode and would ignore the adapters.
             torch.backends.mha.set_fastpath_enabled(False)
@@ -47,7 +45,6 @@ class AdaptedModel:
     def _attach(self) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
-        trainable = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
         self._config = LoraConfig(
             r=self.plan.layers[0].rank,
             lora_alpha=self.plan.scale * self.plan.layers[0].rank,
@@ -59,14 +56,22 @@ class AdaptedModel:
             # PEFT warns of fan_in_fan_out for GPT-2's layer type and sets it right by itself.
             warnings.simplefilter("ignore")
             inject_adapter_in_model(self._config, self.module)
-        for name, parameter in self._parameters.items():
-            parameter.requires_grad_(trainable[name])
         for layer in self.plan.layers:
             lora = self._lora[layer.name] = self.module.get_submodule(layer.name)
+            _keep_attributes(lora)
             _follow_convolution(layer, lora, _TRAINED)
             for part in _pair(layer, lora, _TRAINED):
                 part.data = part.data.float() if part.dtype in (torch.float16, torch.bfloat16) else part.data
-                part.requires_grad_(True)
+
+    def _set_gradients(self) -> None:
+        for name in self.plan.base:
+            self._parameters[name].requires_grad_(False)
+        for _, parameter in self._trainable():
+            parameter.requires_grad_(True)
+
+    def _statistics(self) -> dict[str, Tensor]:
+        # Asked for anew each time: modules assign to their buffers, and so does moving a model to a device.
+        return {name: getattr(owner, local) for name, (owner, local) in self._owners.items()}
 
     def _trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
         for layer in self.plan.layers:
@@ -82,7 +87,7 @@ class AdaptedModel:
 
     @torch.no_grad()
     def write_trainables(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load Trainables.
+        """Load Trainables, without gradients left from before; gradients are on for exactly them again.
 
         Raises:
             ValueError: if keys, order or shapes are not the plan's.
@@ -92,16 +97,18 @@ class AdaptedModel:
         for key, parameter in mine.items():
             parameter.copy_(tensors[key])
             parameter.grad = None
+        self._set_gradients()
 
     def read_statistics(self) -> dict[str, Tensor]:
         """A copy of the running statistics on the CPU, in float32 (float64 stays)."""
-        return {name: _wire_copy(self._buffers[name]) for name in self.plan.statistics}
+        return {name: _wire_copy(buffer) for name, buffer in self._statistics().items()}
 
     @torch.no_grad()
     def write_statistics(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load running statistics."""
-        _check_like(self._buffers, tensors, "statistics")
-        for name, buffer in self._buffers.items():
+        """Load running statistics, given in any order."""
+        mine = self._statistics()
+        _check_like(mine, tensors, "statistics", ordered=False)
+        for name, buffer in mine.items():
             buffer.copy_(tensors[name])
 
     def read_base(self) -> dict[str, Tensor]:
@@ -111,7 +118,7 @@ class AdaptedModel:
     @torch.no_grad()
     def write_base(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the frozen parameters."""
-        _check_like({name: self._parameters[name] for name in self.plan.base}, tensors, "base")
+        _check_like({name: self._parameters[name] for name in self.plan.base}, tensors, "base", ordered=False)
         for name in self.plan.base:
             self._parameters[name].copy_(tensors[name])
 
@@ -134,7 +141,6 @@ class AdaptedModel:
             if not entries:
                 if _LEDGER in lora.r:
                     lora.delete_adapter(_LEDGER)
-                    lora.set_adapter([_TRAINED])
                 continue
             rank = joined[layer.b_key].shape[1]
             with warnings.catch_warnings():
@@ -179,6 +185,13 @@ def _pair(layer: FactorisedLayer, lora: Any, adapter: str) -> tuple[nn.Parameter
     return lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
 
 
+def _keep_attributes(lora: Any) -> None:
+    """Let the model's own code go on reading what PEFT's layer lacks, such as ``self.embedding.embedding_dim``."""
+    for name, value in vars(lora.get_base_layer()).items():
+        if not (name.startswith("_") or hasattr(lora, name)):
+            setattr(lora, name, value)
+
+
 def _follow_convolution(layer: FactorisedLayer, lora: Any, adapter: str) -> None:
     """PEFT's convolution of ``A`` forgets dilation and padding mode; give it the base layer's."""
     if layer.kind in ("conv1d", "conv2d"):
@@ -192,8 +205,8 @@ def _wire_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", dtype, copy=True)
 
 
-def _check_like(mine: Mapping[str, Tensor], received: Mapping[str, Tensor], what: str) -> None:
-    if list(mine) != list(received):
+def _check_like(mine: Mapping[str, Tensor], received: Mapping[str, Tensor], what: str, *, ordered: bool = True) -> None:
+    if set(mine) != set(received) or (ordered and list(mine) != list(received)):
         odd = sorted(set(mine) ^ set(received))
         detail = f"only on one side: {', '.join(odd[:6])}" if odd else "the same names in another order"
         raise ValueError(

@@ -167,7 +167,7 @@ class NetworkFactory:
         seed: of the initial weights.
 
     Raises:
-        ValueError: for an unknown name, or a sample shape the network cannot take.
+        ValueError: for an unknown name, norm or width, or a sample shape the network cannot take.
     """
 
     name: str
@@ -188,6 +188,10 @@ class NetworkFactory:
                 f"model = {self.name!r} takes images of shape (channels, height, width) with sides of at least 4, but "
                 f"the data's samples have shape {self.input_shape}; use model = 'mlp' or another dataset"
             )
+        if self.norm not in ("group", "batch"):
+            raise ValueError(f"norm = {self.norm!r} is not known, expected 'group' or 'batch'")
+        if self.width < 0 or any(width < 1 for width in self.hidden):
+            raise ValueError(f"widths must be positive, got model-width = {self.width} and hidden = {self.hidden}")
         if self.num_classes < 2:
             raise ValueError(f"a classifier needs at least 2 classes, got {self.num_classes}")
 

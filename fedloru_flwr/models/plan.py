@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.parameter import is_lazy
 
 from fedloru_flwr.lowrank import FactorisedLayer, derive_seed, seeded
 from fedloru_flwr.lowrank.factors import Kind
@@ -62,19 +62,34 @@ class AdapterPlan:
         return (*self.factor_keys, *self.dense_leaves)
 
 
+def _is_transposed_linear(module: nn.Module) -> bool:
+    return type(module).__name__ == _TRANSPOSED_LINEAR and type(module).__module__.startswith("transformers.")
+
+
 def _kind(module: nn.Module) -> Kind | None:
-    if type(module).__name__ == _TRANSPOSED_LINEAR and type(module).__module__.startswith("transformers"):
+    if _is_transposed_linear(module):
         return "linear"
     return next((kind for cls, kind in _KINDS if isinstance(module, cls)), None)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the layer computes what torch's own class does, and PEFT can build a factor of its class."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return type(module) in (nn.Conv1d, nn.Conv2d)
+    return all(type(module).forward is cls.forward for cls, _ in _KINDS if isinstance(module, cls))
+
+
 def _obstacle(name: str, module: nn.Module, shared: dict[int, list[str]], inside_attention: set[str]) -> str | None:
     """Why this layer cannot be factorised safely, or None."""
+    if not name:
+        return "it is the whole model and only layers inside one can be replaced (wrap it in nn.Sequential)"
     weight = module._parameters.get("weight")
-    if parametrize.is_parametrized(module) or weight is None:
+    if weight is None:
         return "its weight is computed from other parameters (parametrisation or weight norm)"
     if name in inside_attention:
         return "nn.MultiheadAttention reads its weight directly, so that factors would get no gradient"
+    if not _is_plain(module):
+        return f"its class {type(module).__name__} changes what the layer computes or how it is built"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1:
         return f"it is a grouped convolution (groups={module.groups}), whose product cannot be folded"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -88,7 +103,7 @@ def _obstacle(name: str, module: nn.Module, shared: dict[int, list[str]], inside
 
 
 def _layer(name: str, module: nn.Module, kind: Kind, rank: int) -> FactorisedLayer:
-    transposed = kind == "embedding" or type(module).__name__ == _TRANSPOSED_LINEAR
+    transposed = kind == "embedding" or _is_transposed_linear(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
     return FactorisedLayer(name, kind, tuple(weight.shape), rank, transposed)
@@ -118,7 +133,8 @@ def _head(candidates: list[tuple[str, nn.Module]], total: int) -> str | None:
         return None
     name, module = linear[-1]
     is_last = name == candidates[-1][0]
-    return name if is_last and module.weight.numel() <= _HEAD_SHARE * total else None
+    # The features, since reading a parametrised weight computes it and may move its buffers.
+    return name if is_last and module.in_features * module.out_features <= _HEAD_SHARE * total else None
 
 
 def plan_adapter(
@@ -133,7 +149,8 @@ def plan_adapter(
     Without ``target_modules`` (or with ``"auto"``) a linear, convolutional or embedding layer is factorised if it is
     trainable, both its dimensions exceed the rank, ``r (in + out) <= in out / 2`` (factors halve its bytes at least),
     and nothing makes it unsafe; the output layer stays dense unless it holds more than a quarter of the model's
-    parameters. With ``target_modules``, exactly the named layers are: names or dotted suffixes (``"fc1"``,
+    parameters. Where no layer's bytes can be halved, those whose dimensions exceed the rank are taken all the same.
+    With ``target_modules``, exactly the named layers are: names or dotted suffixes (``"fc1"``,
     ``"layer1.0.conv1"``) and types (``"Linear"``, ``"Conv2d"``, ``"Embedding"``, GPT-2's ``"Conv1D"``).
 
     Args:
@@ -146,12 +163,20 @@ def plan_adapter(
 
     Raises:
         PlanError: for a rank or alpha that is not positive, a target that matches no layer or one that cannot be
-            factorised, and when no layer is left to factorise.
+            factorised, when no layer is left to factorise, and for a model that has lazy parameters or already
+            carries PEFT's layers.
     """
     if rank < 1:
         raise PlanError(f"rank must be at least 1, got {rank}")
     if not (math.isfinite(alpha) and alpha > 0):
         raise PlanError(f"alpha must be a positive number, got {alpha}")
+    _check_initialised(model)
+    for name, module in model.named_modules():
+        if any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+            raise PlanError(
+                f"the model already carries PEFT's layers ({name or type(module).__name__}): pass the plain model "
+                "(PEFT's merge_and_unload() returns it, with its gradients off)"
+            )
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
@@ -163,6 +188,7 @@ def plan_adapter(
     candidates = [(name, module) for name, module in model.named_modules() if _kind(module) is not None]
     targets = as_names(target_modules)
     chosen: list[FactorisedLayer] = []
+    unprofitable: list[FactorisedLayer] = []
     notes: list[str] = []
     if targets:
         matched = {target: [n for n, m in candidates if _matches(target, n, m)] for target in targets}
@@ -196,16 +222,20 @@ def plan_adapter(
             by_name = any(_matches(target, name, module) for target in targets if target not in TYPE_NAMES)
             if by_name:
                 raise PlanError(f"target-modules: {name!r} cannot be factorised, since {obstacle}; leave it out")
-            notes.append(f"{name}: stays dense, since {obstacle}")
+            notes.append(f"{name or type(module).__name__}: stays dense, since {obstacle}")
             continue
         layer = _layer(name, module, kind, rank)
         if layer.max_rank <= rank:
             size = f"{layer.out_features} x {layer.in_features}"
             notes.append(f"{name}: stays dense, its dimensions ({size}) do not exceed the rank {rank}")
         elif not targets and 2 * rank * (layer.out_features + layer.in_features) > math.prod(layer.weight_shape):
-            notes.append(f"{name}: stays dense, factors of rank {rank} would not halve its bytes")
+            unprofitable.append(layer)
         else:
             chosen.append(layer)
+    if chosen:
+        notes += [f"{n.name}: stays dense, factors of rank {rank} would not halve its bytes" for n in unprofitable]
+    else:
+        chosen = unprofitable
     if not chosen:
         why = "; ".join(notes) or "the model has no linear, convolutional or embedding layer"
         raise PlanError(f"no layer is left to factorise at rank {rank}: {why}. Lower the rank or name target-modules")
@@ -214,10 +244,17 @@ def plan_adapter(
 
 def plan_full(model: nn.Module) -> AdapterPlan:
     """The plan of full-rank training: nothing is factorised, every trainable parameter is a dense leaf."""
+    _check_initialised(model)
     plan = _sort_rest(model, (), 1.0, "all", ())
     if not plan.dense_leaves:
         raise PlanError("the model has no trainable parameter: every one has requires_grad = False")
     return plan
+
+
+def _check_initialised(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise PlanError(f"parameter {name!r} is not initialised yet: let the factory run one batch")
 
 
 def _sort_rest(
