@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedloru_flwr import atomic
-from fedloru_flwr.lowrank import Entry
+from fedloru_flwr.lowrank import Entry, digest_tensors
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DEFAULT_BYTES = 4 * 2**30
@@ -74,16 +74,23 @@ class Store:
         """Keep the frozen parameters that ``lineage`` names, unless they are here."""
         path = self._file("bases", lineage)
         if not path.exists():
-            self._write(path, tensors, {})
+            self._write(path, tensors, {"digest": digest_tensors(tensors)})
 
     def has_base(self, lineage: str) -> bool:
         """Whether the base that ``lineage`` names is here."""
         return self._file("bases", lineage).exists()
 
     def base(self, lineage: str) -> dict[str, Tensor] | None:
-        """The frozen parameters that ``lineage`` names, or None."""
-        found = self._read(self._file("bases", lineage))
-        return None if found is None else found[0]
+        """The frozen parameters that ``lineage`` names, or None; a damaged file is removed and counts as absent."""
+        path = self._file("bases", lineage)
+        found = self._read(path)
+        if found is None:
+            return None
+        tensors, metadata = found
+        if metadata.get("digest") != digest_tensors(tensors):
+            path.unlink(missing_ok=True)
+            return None
+        return tensors
 
     def put_entry(self, entry: Entry) -> None:
         """Keep a ledger entry, unless it is here."""
@@ -112,18 +119,29 @@ class Store:
 
     def held(self, root: str, client: str) -> str | None:
         """The lineage that ``client`` holds of the models that descend from ``root``, or None."""
-        try:
-            text = self._holdings(root, client).read_text().strip()
-        except OSError:
-            return None
-        return text if _DIGEST.fullmatch(text) else None
+        lineage, _ = self._noted(root, client)
+        return lineage
 
-    def set_held(self, root: str, client: str, lineage: str) -> None:
-        """Note what ``client`` holds now."""
-        if self.held(root, client) != lineage:
+    def client_base(self, root: str, client: str) -> str:
+        """The lineage of the base that ``client`` was last sent, on which it stacks entries; ``root`` if none was."""
+        _, base = self._noted(root, client)
+        return base or root
+
+    def _noted(self, root: str, client: str) -> tuple[str | None, str | None]:
+        try:
+            words = self._holdings(root, client).read_text().split()
+        except (OSError, ValueError):
+            return None, None
+        if len(words) != 2 or not all(_DIGEST.fullmatch(word) for word in words):
+            return None, None
+        return words[0], words[1]
+
+    def set_held(self, root: str, client: str, lineage: str, base: str) -> None:
+        """Note what ``client`` holds now, and the base it has it from."""
+        if self._noted(root, client) != (lineage, base):
             path = self._holdings(root, client)
             path.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_text(path, lineage)
+            atomic.write_text(path, f"{lineage} {base}\n")
 
     def _trim(self, keep: Path) -> None:
         files = []

@@ -42,6 +42,7 @@ AnswerKind = Literal["need-base", "stored"]
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _REMOTE_MARKER = "ClientAppException occurred. Message: "
 _REASON_LENGTH = 400
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class WireError(ValueError):
@@ -71,6 +72,18 @@ class Settings:
     seed: int
     accumulate_into: str
     weighted_by: str = NUM_EXAMPLES
+
+
+_SETTINGS: dict[str, type | tuple[type, ...]] = {
+    "factorised": bool,
+    "rank": int,
+    "alpha": (int, float),
+    "target_modules": list,
+    "dense_leaves": str,
+    "seed": int,
+    "accumulate_into": str,
+    "weighted_by": str,
+}
 
 
 @dataclass(frozen=True)
@@ -140,8 +153,8 @@ def content_bytes(content: RecordDict) -> int:
 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Pack tensors, keeping their order."""
-    return ArrayRecord(dict(tensors))
+    """Pack tensors, keeping their order; bfloat16, which NumPy lacks, as the 16-bit integers of the same bits."""
+    return ArrayRecord({name: t.view(torch.int16) if t.dtype == torch.bfloat16 else t for name, t in tensors.items()})
 
 
 def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
@@ -169,9 +182,16 @@ def _from_bytes(payload: object, what: str) -> tuple[dict[str, Tensor], Any]:
     try:
         length = int.from_bytes(payload[:8], "little")
         metadata = json.loads(payload[8 : 8 + length]).get("__metadata__") or {}
-        return load(payload), json.loads(metadata["header"]) if "header" in metadata else None
+        tensors = dict(sorted(load(payload).items()))  # safetensors gives them in no fixed order
+        return tensors, json.loads(metadata["header"]) if "header" in metadata else None
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WireError(f"{what} do not parse as safetensors: {error}") from error
+
+
+def _digest(value: object) -> str:
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise ValueError(f"expected a SHA-256 digest in hexadecimal, got {str(value)[:80]!r}")
+    return value
 
 
 def _flatten(entries: Sequence[Entry]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -186,10 +206,10 @@ def _unflatten(tensors: Mapping[str, Tensor], chain: Any) -> tuple[Entry, ...]:
         for index, link in enumerate(chain):
             prefix = f"{index}/"
             adapter = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-            entry = Entry(str(link["digest"]), str(link["previous"]), float(link["scale"]), adapter)
+            entry = Entry(_digest(link["digest"]), _digest(link["previous"]), float(link["scale"]), adapter)
             entry.verify()
             entries.append(entry)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise WireError(f"ledger entries do not parse: {error}") from error
     return tuple(entries)
 
@@ -202,6 +222,15 @@ def entries_to_bytes(entries: Sequence[Entry]) -> bytes:
 def entries_from_bytes(payload: object) -> tuple[Entry, ...]:
     """Parse ledger entries and check each against its digest."""
     return _unflatten(*_from_bytes(payload, "ledger entries"))
+
+
+def _settings(raw: dict[str, Any]) -> Settings:
+    for name, kind in _SETTINGS.items():
+        if not isinstance(raw.get(name), kind):
+            raise TypeError(f"setting {name!r}: {raw.get(name)!r}")
+    if not all(isinstance(target, str) for target in raw["target_modules"]):
+        raise TypeError(f"setting 'target_modules': {raw['target_modules']!r}")
+    return Settings(**{**raw, "target_modules": tuple(raw["target_modules"])})
 
 
 def _header(kind: OrderKind, root: str, lineage: str, settings: Settings, **more: Any) -> str:
@@ -240,7 +269,8 @@ def supply_content(
 ) -> RecordDict:
     """A message that carries ledger entries or a whole base, as arrays."""
     tensors, chain = _flatten(entries) if kind == "entries" else (dict(base or {}), [])
-    header = _header(kind, root, lineage, settings, chain=chain)
+    brain = [name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16]
+    header = _header(kind, root, lineage, settings, chain=chain, bfloat16=brain)
     return RecordDict({ARRAYS: to_record(tensors), CONFIG: ConfigRecord({HEADER: header})})
 
 
@@ -287,14 +317,17 @@ def read_order(message: Message) -> Order:
     header = _parse_header(config)
     try:
         kind = header["kind"]
-        raw = dict(header["settings"])
-        settings = Settings(**{**raw, "target_modules": tuple(raw["target_modules"])})
-        root, lineage = str(header["root"]), str(header["lineage"])
+        settings = _settings(dict(header["settings"]))
+        root, lineage = _digest(header["root"]), _digest(header["lineage"])
+        brain = set(header.get("bfloat16", ()))
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"the {HEADER!r} header lacks or mistypes {error}") from error
     if kind not in ("work", "entries", "base"):
         raise WireError(f"unknown kind of order {kind!r}")
-    tensors = to_tensors(arrays)
+    tensors = {
+        name: t.view(torch.bfloat16) if name in brain and t.dtype == torch.int16 else t
+        for name, t in to_tensors(arrays).items()
+    }
     entries: tuple[Entry, ...] = ()
     if kind == "entries":
         entries = _unflatten(tensors, header.get("chain"))
@@ -397,13 +430,12 @@ def read_reply(content: RecordDict, *, trained: bool) -> Reply:
     )
 
 
-def clean_content(content: RecordDict, tensors: Mapping[str, Tensor] | None) -> RecordDict:
-    """A reply as plain Flower would have it: Trainables in float32 (float64 stays) and metrics, nothing else."""
+def clean_content(reply: Reply, arrays_key: str) -> RecordDict:
+    """A judged reply as plain Flower would have it: Trainables (after training) and metrics, nothing else."""
     records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
-    if tensors is not None:
-        key, _ = _only_arrays(content)
-        records[key] = to_record({name: t if t.dtype == torch.float64 else t.float() for name, t in tensors.items()})
-    return RecordDict({**records, **dict(content.metric_records)})
+    if reply.tensors:
+        records[arrays_key] = to_record(reply.tensors)
+    return RecordDict({**records, METRICS: MetricRecord(reply.metrics)})
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@
 """
 
 import logging
+import math
 import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from flwr.app import Context, Message, MetricRecord
 from torch import Tensor, nn
@@ -57,22 +59,38 @@ class _HostedModel:
         else:
             plan = plan_full(module)
         self.adapted = AdaptedModel(module, plan)
+        averaged = set(plan.statistics)
+        self._counters = {name: b.clone() for name, b in module.named_buffers() if name not in averaged}
         self.own_root = digest_tensors(self.adapted.read_base())
         self.lineage = self.base_lineage = self.own_root
+
+    def reset_counters(self) -> None:
+        """Give buffers that do not travel their first values: who trained here before must not matter."""
+        buffers = dict(self.adapted.module.named_buffers())
+        for name, value in self._counters.items():
+            if name in buffers and buffers[name].shape == value.shape:
+                buffers[name].detach().copy_(value)
 
     def _base(self, lineage: str, store: Store) -> dict[str, Tensor] | None:
         """The base of a lineage, from the store or built anew."""
         if lineage == self.own_root and self._factory is not None:
             parameters = dict(build_seeded(self._factory, self._settings.seed).named_parameters())
             return {name: parameters[name].detach() for name in self.adapted.plan.base}
-        return store.base(lineage)
+        base = store.base(lineage)
+        if base is None:
+            return None
+        return {name: base[name] for name in self.adapted.plan.base if name in base} | base  # files know no order
 
-    def _path(self, lineage: str, store: Store, *, use_bases: bool) -> tuple[str, list[Entry]] | None:
-        """Where to start from and which entries lead from there to ``lineage``; None if the store lacks some."""
+    def has_base(self, lineage: str, store: Store) -> bool:
+        """Whether the base of a lineage is at hand."""
+        built = {self.base_lineage} | ({self.own_root} if self._factory is not None else set())
+        return lineage in built or store.has_base(lineage)
+
+    def _path(self, lineage: str, store: Store, start: str | None) -> tuple[str, list[Entry]] | None:
+        """Which entries lead from ``start``, or from the nearest base, to ``lineage``; None if the store lacks some."""
         path: list[Entry] = []
         at = lineage
-        buildable = {self.base_lineage} | ({self.own_root} if self._factory is not None else set())
-        while at not in buildable and not (use_bases and store.has_base(at)):
+        while at != start and (start is not None or not self.has_base(at, store)):
             entry = store.entry(at)
             if entry is None:
                 return None
@@ -80,36 +98,40 @@ class _HostedModel:
             at = entry.previous
         return at, path
 
-    def bring_to(self, lineage: str, store: Store, root: str) -> bool:
-        """Bring the model to ``lineage`` of the models that descend from ``root``; False if the store lacks it."""
-        if self.lineage == lineage:
-            return True
+    def bring_to(self, lineage: str, store: Store, root: str, client_base: str) -> bool:
+        """Bring the model to ``lineage`` of the models that descend from ``root``; False if the store lacks it.
+
+        Folding gives the same bits from whatever base. Stacking does not, and therefore starts from the client's own.
+        """
         stacked = self._settings.accumulate_into == "stack"
-        # Stacking starts from W0 where it can; bases on the way are a merging run's, or what the server sent.
-        found = self._path(lineage, store, use_bases=not stacked)
-        if found is None and stacked:
-            found = self._path(lineage, store, use_bases=True)
-        if found is None:
-            return False
-        start, path = found
+        if self.lineage == lineage and (not stacked or self.base_lineage == client_base):
+            return True
         if self._factory is None and self.base_lineage == self.own_root == root:
             store.put_base(root, self.adapted.read_base())  # an instance cannot be built again
-        if start != self.base_lineage:
-            base = self._base(start, store)
-            if base is None:
+        while True:
+            found = self._path(lineage, store, client_base if stacked else None)
+            if found is None:
                 return False
-            self.adapted.stack([])
-            self.adapted.write_base(base)
-            self.lineage = self.base_lineage = start
+            start, path = found
+            if start == self.base_lineage:
+                break
+            if (base := self._base(start, store)) is not None:
+                self.adapted.write_base(base)
+                self.adapted.stack([])
+                self.lineage = self.base_lineage = start
+                break
+            if stacked:
+                return False
+            # The file was damaged and is gone now: there may be another way.
         if stacked:
             self.adapted.stack(path)
-        else:
-            for entry in path:
-                self.adapted.fold(entry)
-            self.base_lineage = lineage
-            if path:
-                store.put_base(lineage, self.adapted.read_base())
-        self.lineage = lineage
+            self.lineage = lineage
+            return True
+        for entry in path:
+            self.adapted.fold(entry)
+            self.lineage = self.base_lineage = entry.digest
+        if path:
+            store.put_base(lineage, self.adapted.read_base())
         return True
 
 
@@ -175,11 +197,15 @@ class LowRankSession:
         if order.kind != "work":
             self._accept_supply()
         host = _host(model, order.settings)
-        if not (self._can_claim(order.lineage, host) and host.bring_to(order.lineage, store, order.root)):
+        base = store.client_base(order.root, self.client)
+        if not host.has_base(base, store):
+            base = order.root
+        if not (self._can_claim(order.lineage, host) and host.bring_to(order.lineage, store, order.root, base)):
             # What is noted may have been lost: tell only what the model can really be brought to.
-            sure = next((at for at in self._claims(host) if host.bring_to(at, store, order.root)), "")
+            sure = next((at for at in self._claims(host) if host.bring_to(at, store, order.root, base)), "")
             self._answer("need-base", sure)
-        store.set_held(order.root, self.client, order.lineage)
+        store.set_held(order.root, self.client, order.lineage, base)
+        host.reset_counters()
         self._adapted = host.adapted
         self._adapted.write_trainables(order.tensors)
         if order.statistics or self._adapted.plan.statistics:
@@ -203,9 +229,12 @@ class LowRankSession:
             if order.lineage == order.root and digest_tensors(order.tensors) != order.root:
                 raise wire.WireError("the base received does not match its digest: it is corrupt or forged")
             self._store.put_base(order.lineage, order.tensors)
+            base = order.lineage
+        else:
+            base = self._store.client_base(order.root, self.client)
         for entry in order.entries:
             self._store.put_entry(entry)
-        self._store.set_held(order.root, self.client, order.lineage)
+        self._store.set_held(order.root, self.client, order.lineage, base)
         self._answer("stored", order.lineage)
 
     def _claims(self, host: _HostedModel) -> Iterator[str]:
@@ -245,7 +274,7 @@ class LowRankSession:
         weighted_by = self._order.settings.weighted_by
         record = MetricRecord({name: _number(name, value) for name, value in metrics.items()})
         weight = record.get(weighted_by)
-        if not isinstance(weight, int | float) or not weight > 0:
+        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(
                 f"the metrics of a reply must hold {weighted_by!r}, the number of examples this client used, as a "
                 f"positive number; got {metrics.get(weighted_by)!r}"
@@ -269,12 +298,10 @@ class LowRankSession:
 
 
 def _number(name: str, value: object) -> int | float:
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1:
         value = value.item()
-    if isinstance(value, bool):
-        return int(value)
     if isinstance(value, numbers.Integral):
         return int(value)
-    if isinstance(value, numbers.Real) or (hasattr(value, "item") and hasattr(value, "dtype")):
-        return float(value)  # type: ignore[arg-type]  # a NumPy scalar
+    if isinstance(value, numbers.Real):
+        return float(value)
     raise ValueError(f"metric {name!r} must be a number, got {type(value).__name__}")

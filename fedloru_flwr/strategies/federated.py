@@ -26,7 +26,7 @@ from fedloru_flwr.lowrank import AccumulationSchedule, Entry, Ledger, weighted_m
 from fedloru_flwr.models.plan import AdapterPlan, TargetModules, as_names, build_seeded, plan_adapter
 from fedloru_flwr.runs import RunDirectory, round_line
 from fedloru_flwr.strategies.inner import InnerStrategy, plain_average
-from fedloru_flwr.strategies.judging import Expected, Rejected, judge
+from fedloru_flwr.strategies.judging import Expected, Rejected, judge, reject_odd_metrics
 from fedloru_flwr.strategies.roster import Roster, RosterError
 from fedloru_flwr.strategies.state import (
     Reinit,
@@ -39,6 +39,7 @@ from fedloru_flwr.strategies.state import (
 
 ModelSource = Callable[[], nn.Module] | nn.Module
 EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
+_RESULTS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
 PURPOSES = ("trainables", "entries", "base", "repeats", "evaluation", "enrolment")
 
 
@@ -110,6 +111,7 @@ class _Exchange:
 
     def __init__(self) -> None:
         self.drawn: list[str] = []
+        self.arrays_key = wire.ARRAYS
         self.good: dict[str, tuple[Message, wire.Reply]] = {}
         self.failures: dict[str, str] = {}
 
@@ -227,6 +229,9 @@ class FederatedStrategy(Strategy):
         self._held: dict[str, str] = {}
         self._enrolled: set[str] = set()
         self._silent: set[str] = set()
+        self._evaluation_off = False
+        self._just_accumulated = False
+        self._result = Result()
         self.state = initial_state(self._model, self.plan, self.seed)
         self._root_base = self.state.base
         for note in self.plan.notes:
@@ -297,14 +302,15 @@ class FederatedStrategy(Strategy):
 
         Raises:
             RosterError: if the expected clients do not come, or two say they are one.
-            AggregationError: if more than ``max_failure_fraction`` of a round's participants fail.
+            AggregationError: if more than ``max_failure_fraction`` of a round's participants fail, or the inner
+                strategy returns something else than Trainables.
             ResumeError: if a run cannot be continued with these settings.
         """
         if num_rounds < 1:
             raise ValueError(f"num_rounds must be at least 1, got {num_rounds}")
         self._load_initial(initial_arrays)
         self.summary()
-        result = Result(arrays=self.initial_arrays())
+        result = self._result = Result(arrays=self.initial_arrays())
         self._open_run(result)
         started = time.monotonic()
         if self.state.server_round == 0 and evaluate_fn is not None:
@@ -312,8 +318,12 @@ class FederatedStrategy(Strategy):
         self._roster.wait(grid, self.num_clients, self._min_available, timeout)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             begun = time.monotonic()
-            self._meet(grid, timeout)
-            exchange, metrics = self._train(grid, server_round, train_config or ConfigRecord(), timeout)
+            try:
+                self._meet(grid, timeout)
+                exchange, metrics = self._train(grid, server_round, train_config or ConfigRecord(), timeout)
+            except Exception:
+                self._save_failed()  # as it was after the last round
+                raise
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
             result.arrays = wire.to_record(self.state.trainables)
@@ -335,7 +345,7 @@ class FederatedStrategy(Strategy):
             self._stop_if_too_many_failed(server_round, exchange)
             if server_round % self.checkpoint_every == 0 or server_round == num_rounds or self._just_accumulated:
                 self._checkpoint()
-        self._close_run("finished", started)
+        self._close_run("finished")
         return result
 
     # --- Flower's hooks, which only a foreign wrapper would call --------------------------------------------------
@@ -372,6 +382,7 @@ class FederatedStrategy(Strategy):
     # --- one round -------------------------------------------------------------------------------------------------
 
     def _meet(self, grid: Grid, timeout: float) -> None:
+        self._roster.wait(grid, min(self._min_available, self.num_clients or self._min_available), 1, timeout)
         new = self._roster.refresh(grid)
         if self._enrol and new:
             self._roster.enrol(grid, new, timeout, self._count_enrolment)
@@ -389,7 +400,7 @@ class FederatedStrategy(Strategy):
         self, grid: Grid, server_round: int, config: ConfigRecord, timeout: float
     ) -> tuple[_Exchange, MetricRecord | None]:
         exchange = self._exchange(grid, "train", server_round, config, timeout)
-        replies = [self._for_inner(message, reply.tensors) for message, reply in exchange.good.values()]
+        replies = self._for_inner(exchange)
         arrays, metrics = self.inner.aggregate_train(server_round, replies) if replies else (None, None)
         statistics: dict[str, Tensor] = {}
         if arrays is not None and self.plan.statistics:
@@ -399,7 +410,7 @@ class FederatedStrategy(Strategy):
         self.state = step(
             self.state,
             server_round,
-            None if arrays is None else wire.to_tensors(arrays),
+            None if arrays is None else self._as_trainables(arrays),
             statistics,
             plan=self.plan,
             accumulate_now=self.schedule.due(server_round),
@@ -417,17 +428,17 @@ class FederatedStrategy(Strategy):
         self, grid: Grid, server_round: int, config: ConfigRecord, timeout: float
     ) -> tuple[MetricRecord | None, int]:
         """Federated evaluation: the aggregated metrics and how many clients were asked."""
-        if self.fraction_evaluate == 0.0:
+        if self.fraction_evaluate == 0.0 or self._evaluation_off:
             return None, 0
         exchange = self._exchange(grid, "evaluate", server_round, config, timeout)
         reasons = list(exchange.failures.values())
         if reasons and not exchange.good and all("No evaluate function registered" in reason for reason in reasons):
             log(WARNING, "the client app has no evaluate function: federated evaluation is off (fraction_evaluate=0)")
-            self.fraction_evaluate = 0.0
+            self._evaluation_off = True
             return None, len(exchange.drawn)
         for client, reason in exchange.failures.items():
             log(WARNING, "evaluation on client %s failed: %s", client, reason)
-        replies = [self._for_inner(message, None) for message, _ in exchange.good.values()]
+        replies = self._for_inner(exchange)
         metrics = self.inner.aggregate_evaluate(server_round, replies) if replies else None
         return metrics, len(exchange.drawn)
 
@@ -442,6 +453,7 @@ class FederatedStrategy(Strategy):
         if template is None:
             return exchange
         exchange.drawn = list(node_of)
+        exchange.arrays_key = next(iter(template.array_records))
         if phase == "train" and self.observer is not None:
             self.observer.start_round(server_round, len(drawn))
         deadline = time.monotonic() + timeout
@@ -461,6 +473,7 @@ class FederatedStrategy(Strategy):
             self.state.statistics,
             self.settings.weighted_by,
         )
+        answered = []
         for client, node_id in drawn:
             try:
                 if client not in replies:
@@ -470,15 +483,39 @@ class FederatedStrategy(Strategy):
             except (Rejected, RosterError) as reason:
                 exchange.failures[client] = str(reason)
                 continue
-            self._held.pop(client, None)
-            self._held[reply.client] = expected.lineage
+            answered.append(client)
             exchange.good[reply.client] = (replies[client], reply)
         exchange.good = dict(sorted(exchange.good.items()))
+        for client in answered:
+            self._held.pop(client, None)  # the name it went by until now
+        self._held |= dict.fromkeys(exchange.good, expected.lineage)
+        for client, odd in reject_odd_metrics(
+            {name: reply.metrics for name, (_, reply) in exchange.good.items()}
+        ).items():
+            exchange.failures[client] = odd
+            del exchange.good[client]
         return exchange
 
-    def _for_inner(self, message: Message, tensors: Mapping[str, Tensor] | None) -> Message:
-        message.content = wire.clean_content(message.content, tensors)
-        return message
+    def _for_inner(self, exchange: _Exchange) -> list[Message]:
+        """The good replies as plain Flower would have them."""
+        for message, reply in exchange.good.values():
+            message.content = wire.clean_content(reply, exchange.arrays_key)
+        return [message for message, _ in exchange.good.values()]
+
+    def _as_trainables(self, arrays: ArrayRecord) -> dict[str, Tensor]:
+        """What the inner strategy returned, in the dtypes that are sent (some compute in float64)."""
+        got, mine = wire.to_tensors(arrays), self.state.trainables
+        wrong = [
+            name
+            for name in mine
+            if name not in got or got[name].shape != mine[name].shape or not bool(got[name].isfinite().all())
+        ]
+        if wrong:
+            raise AggregationError(
+                f"the inner strategy {type(self.inner.strategy).__name__} did not return Trainables: missing, of "
+                f"another shape, or not finite: {', '.join(wrong[:5])}"
+            )
+        return {name: got[name].to(tensor.dtype) for name, tensor in mine.items()}
 
     def _weight(self, reply: wire.Reply) -> float:
         weight = reply.metrics[self.settings.weighted_by]
@@ -495,8 +532,7 @@ class FederatedStrategy(Strategy):
             log(WARNING, "round %d: client %s was left out: %s", server_round, client, reason)
         failed, asked = len(exchange.failures), len(exchange.drawn)
         if asked and failed / asked > self.max_failure_fraction:
-            self._checkpoint()
-            self._close_run("failed", time.monotonic())
+            self._save_failed()
             reasons = "; ".join(f"client {client}: {reason}" for client, reason in list(exchange.failures.items())[:3])
             raise AggregationError(
                 f"round {server_round}: {failed} of {asked} clients failed, more than max-failure-fraction = "
@@ -505,7 +541,10 @@ class FederatedStrategy(Strategy):
 
     # --- books -----------------------------------------------------------------------------------------------------
 
-    _just_accumulated = False
+    def _save_failed(self) -> None:
+        if self.state.server_round > 0:
+            self._checkpoint()
+        self._close_run("failed")
 
     def _record(
         self,
@@ -577,6 +616,8 @@ class FederatedStrategy(Strategy):
             "accumulate_every": self.schedule.every,
             "accumulate_at": sorted(self.schedule.at),
             "fraction_train": self.fraction_train,
+            "min_train_nodes": self._at_least["train"],
+            "weighted_by": self.settings.weighted_by,
             "inner": [type(layer).__name__ for layer in self.inner.layers()],
         }
 
@@ -632,22 +673,21 @@ class FederatedStrategy(Strategy):
         )
         self._held = dict(saved["held"])
         self._enrolled = set(saved["enrolled"])
+        self._evaluation_off = saved["evaluation_off"]
         self._run.truncate_rounds(server_round)
-        for row in self._run.read_rounds():
-            metrics = {name: row[name] for name in ("accuracy", "loss") if row[name] is not None}
-            if metrics:
-                result.evaluate_metrics_serverapp[row["round"]] = MetricRecord(metrics)
+        for name in _RESULTS:
+            getattr(result, name).update({int(key): MetricRecord(value) for key, value in saved[name].items()})
         result.arrays = wire.to_record(self.state.trainables)
         log(INFO, "continuing after round %d", server_round)
 
     def _full_bytes(self) -> tuple[int, int]:
         """What plain FedAvg would send down and up with one client a round: the whole state dict."""
-        arrays = ArrayRecord(self._model.state_dict())
+        arrays = wire.to_record(self._model.state_dict())
         down = wire.content_bytes(RecordDict({wire.ARRAYS: arrays, wire.CONFIG: ConfigRecord({wire.SERVER_ROUND: 1})}))
         metrics = MetricRecord({"train_loss": 0.5, self.settings.weighted_by: 1})
         return down, wire.content_bytes(RecordDict({wire.ARRAYS: arrays, wire.METRICS: metrics}))
 
-    def _close_run(self, status: str, started: float) -> None:
+    def _close_run(self, status: str) -> None:
         """Write the model, the picture and the summary."""
         if self._run is None:
             return
@@ -683,6 +723,9 @@ class FederatedStrategy(Strategy):
         for index, entry in enumerate(state.ledger.entries):
             tensors |= {f"entries/{index}/{name}": tensor for name, tensor in entry.adapter.items()}
         links = [{"digest": e.digest, "previous": e.previous, "scale": e.scale} for e in state.ledger.entries]
+        results = {
+            name: {str(key): dict(value) for key, value in getattr(self._result, name).items()} for name in _RESULTS
+        }
         self._run.write_checkpoint(
             state.server_round,
             tensors,
@@ -692,6 +735,8 @@ class FederatedStrategy(Strategy):
                 "entries": links,
                 "held": self._held,
                 "enrolled": sorted(self._enrolled),
+                "evaluation_off": self._evaluation_off,
+                **results,
             },
         )
 

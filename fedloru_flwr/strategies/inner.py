@@ -5,7 +5,9 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
+
+from fedloru_flwr import wire
 
 
 class _CohortGrid(Grid):
@@ -60,15 +62,15 @@ class InnerStrategy:
     def __init__(self, strategy: Strategy) -> None:
         if not isinstance(strategy, Strategy):
             raise TypeError(
-                f"inner must be a strategy of flwr.serverapp.strategy, got {type(strategy).__name__}"
-                + ("; pass an instance, not the class" if isinstance(strategy, type) else "")
+                "inner must be an instance of a strategy of flwr.serverapp.strategy, got "
+                + (f"the class {strategy.__name__}" if isinstance(strategy, type) else type(strategy).__name__)
             )
         self.strategy = strategy
         self._at_least = 0
         for layer in self.layers():
             for phase in ("train", "evaluate"):
                 fraction = getattr(layer, f"fraction_{phase}", 1.0)
-                if fraction not in (0.0, 1.0):
+                if fraction != 1.0 and (fraction != 0.0 or phase == "train"):
                     raise ValueError(
                         f"the inner strategy {type(layer).__name__} has fraction_{phase}={fraction}: participants are "
                         f"drawn by the outer strategy, so give fraction_{phase} to that one"
@@ -100,7 +102,11 @@ class InnerStrategy:
         """
         configure = self.strategy.configure_train if phase == "train" else self.strategy.configure_evaluate
         cohort = _CohortGrid(grid, node_ids, self._at_least)
-        messages = list(configure(server_round, arrays, ConfigRecord(dict(config)), cohort))
+        for layer in self.layers():
+            if isinstance(layer, FedAvgM):
+                layer.current_arrays = None  # else it keeps those it has returned, which a restart replaces
+        own = ConfigRecord({**config, wire.SERVER_ROUND: server_round})
+        messages = list(configure(server_round, arrays, own, cohort))
         return messages[0].content if messages else None
 
     def aggregate_train(

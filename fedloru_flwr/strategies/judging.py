@@ -1,6 +1,7 @@
 """A reply is judged before it is used."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from flwr.app import Message
 from torch import Tensor
 
 from fedloru_flwr import wire
+
+Metrics = Mapping[str, int | float | list[int] | list[float]]
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,16 @@ class Rejected(ValueError):
 
 def judge(message: Message, expected: Expected) -> wire.Reply:
     """Return the parsed reply, or raise `Rejected` with the reason."""
+    if wire.find_answer(message) is not None:
+        raise Rejected("it could not be brought to the lineage it was asked for")
     if message.has_error():
         raise Rejected(f"error {message.error.code}: {wire.error_reason(message)}")
     try:
         reply = wire.read_reply(message.content, trained=expected.trainables is not None)
     except wire.WireError as error:
         raise Rejected(str(error)) from error
+    if not reply.client:
+        raise Rejected("it does not say which client it is from")
     weight = reply.metrics.get(expected.weighted_by)
     if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
         raise Rejected(f"{expected.weighted_by} must be a positive number, got {weight!r}")
@@ -47,8 +54,29 @@ def judge(message: Message, expected: Expected) -> wire.Reply:
         raise Rejected(f"it worked on lineage {reply.lineage[:12] or 'unknown'}, expected {expected.lineage[:12]}")
     if expected.trainables is not None:
         _check_tensors("trainable", reply.tensors, expected.trainables)
-        _check_tensors("statistics", reply.statistics, expected.statistics)
+        # Statistics travel as safetensors, which knows no order.
+        _check_tensors("statistics", reply.statistics, dict(sorted(expected.statistics.items())))
     return reply
+
+
+def reject_odd_metrics(metrics: Mapping[str, Metrics]) -> dict[str, str]:
+    """The clients whose metrics have other names or lengths than most, each with a reason: they cannot be averaged."""
+    shapes = {client: _shape(of) for client, of in metrics.items()}
+    usual = Counter(shapes.values()).most_common(1)[0][0] if shapes else ()
+    return {
+        client: f"its metrics are {_tell(shape)}, those of most clients {_tell(usual)}"
+        for client, shape in shapes.items()
+        if shape != usual
+    }
+
+
+def _shape(metrics: Metrics) -> tuple[tuple[str, int], ...]:
+    """Names and lengths, -1 for a single number."""
+    return tuple(sorted((name, len(value) if isinstance(value, list) else -1) for name, value in metrics.items()))
+
+
+def _tell(shape: tuple[tuple[str, int], ...]) -> str:
+    return ", ".join(name if length < 0 else f"{name} ({length} numbers)" for name, length in shape)
 
 
 def _check_tensors(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -67,6 +67,8 @@ class Roster:
                 return
             wanted = expected if expected is not None else max(at_least, 1)
             if now - start > patience:
+                if count >= wanted:
+                    return  # nodes come and go without pause
                 raise RosterError(
                     f"{count} of {wanted} SuperNodes are connected after {patience:.0f} s. Start the others, or set "
                     "num-clients to the number of SuperNodes (a simulation: num-supernodes of the connection)"
@@ -93,6 +95,9 @@ class Roster:
     ) -> None:
         """Ask the nodes who they are.
 
+        The first time, a node that cannot take part ends the run; later on it is only warned of, and left out as long
+        as it cannot: a client that has come back may be listed under its old node id for a while.
+
         Args:
             grid: to ask through.
             node_ids: whom to ask.
@@ -100,8 +105,9 @@ class Roster:
             count: called with client, query and reply (None if there was no good one), for the bill.
 
         Raises:
-            RosterError: if two nodes give one identity, or a node speaks another protocol.
+            RosterError: the first time, if two nodes give one identity, or a node speaks another protocol.
         """
+        first = not self._confirmed
         queries = {node_id: Message(wire.enrolment_query(), node_id, "query") for node_id in node_ids}
         replies = {r.metadata.src_node_id: r for r in grid.send_and_receive(list(queries.values()), timeout=timeout)}
         for node_id, query in queries.items():
@@ -114,17 +120,23 @@ class Roster:
                 continue
             try:
                 self.confirm(node_id, wire.read_enrolment(reply.content).client)
-            except wire.WireError as error:
-                raise RosterError(f"node {node_id} cannot take part: {error}") from error
+            except (wire.WireError, RosterError) as error:
+                told = f"node {node_id} cannot take part: {error}"
+                if first:
+                    raise RosterError(told) from error
+                log(WARNING, "%s", told)
             count(self.client(node_id), query, reply)
 
     def confirm(self, node_id: int, client: str) -> None:
         """Note the identity a node has given.
 
         Raises:
-            RosterError: if another node that is online gave the same one.
+            RosterError: if another node that is online gave the same one, or this one has given another.
         """
-        if node_id in self._confirmed and self._client_of[node_id] == client:
+        if node_id in self._confirmed:
+            known = self._client_of[node_id]
+            if known != client:
+                raise RosterError(f"its SuperNode is client {known!r}, and now says it is client {client!r}")
             return
         for other, name in list(self._client_of.items()):
             if name != client or other == node_id:

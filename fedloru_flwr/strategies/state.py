@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from fedloru_flwr.lowrank import Entry, Ledger, digest_tensors, fold, initial_factors
@@ -38,7 +39,7 @@ def initial_state(model: nn.Module, plan: AdapterPlan, seed: int) -> ServerState
     dense = {name: _as_sent(values[name]) for name in plan.dense_leaves}
     return ServerState(
         server_round=0,
-        trainables={**initial_factors(plan.layers, seed, 0), **dense},
+        trainables={**_fresh_factors(base, plan, seed, 0), **dense},
         statistics={name: _as_sent(values[name]) for name in plan.statistics},
         base=base,
         ledger=Ledger(digest_tensors(base)),
@@ -82,7 +83,7 @@ def step(
     adapter = {key: trainables[key] for key in plan.factor_keys}
     ledger = state.ledger.append(adapter, plan.scale)
     if reinit == "reset":
-        trainables = {**trainables, **initial_factors(plan.layers, seed, ledger.version)}
+        trainables = {**trainables, **_fresh_factors(state.base, plan, seed, ledger.version)}
     return replace(after, trainables=trainables, base=fold(state.base, adapter, plan.layers, plan.scale), ledger=ledger)
 
 
@@ -113,6 +114,15 @@ def merged_state_dict(state: ServerState, model: nn.Module, plan: AdapterPlan) -
         name: learned[source].to(value.dtype).clone() if (source := canonical.get(name, name)) in learned else value
         for name, value in values.items()
     }
+
+
+def _fresh_factors(base: Mapping[str, Tensor], plan: AdapterPlan, seed: int, version: int) -> dict[str, Tensor]:
+    """Factors in float32, of a float64 layer in float64."""
+    factors = initial_factors(plan.layers, seed, version)
+    for layer in plan.layers:
+        if base[layer.weight_key].dtype == torch.float64:
+            factors |= {key: factors[key].double() for key in (layer.a_key, layer.b_key)}
+    return factors
 
 
 def _as_sent(tensor: Tensor) -> Tensor:

@@ -1,0 +1,346 @@
+"""A run that was interrupted and continued is the run that was not: the same rows, the same model, byte for byte."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, MetricRecord
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedMedian,
+)
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from toy_federation import (
+    ConvNet,
+    Watch,
+    WatchedGrid,
+    client_app,
+    federate,
+    own_instances,
+    seeded,
+    timeless,
+    usual,
+)
+
+from fedloru_flwr.clients import session
+from fedloru_flwr.runs import RunDirectory
+from fedloru_flwr.strategies import FedAvg, FedLoRA, FedLoRU, ResumeError
+
+ROUNDS = 7
+NET = seeded(ConvNet)
+
+
+class Killed(Exception):
+    pass
+
+
+def make(run_dir, resume=None, cls=FedLoRU, **more):
+    own = {FedAvg: {}, FedLoRA: {"rank": 2}, FedLoRU: {"rank": 2, "accumulate_every": 2}}[cls]
+    common = usual(fraction_train=0.5, fraction_evaluate=0.5, min_evaluate_nodes=1, enrol=True, checkpoint_every=3)
+    return cls(NET, run_dir=run_dir, resume=resume, **{**own, **common, **more})
+
+
+def run(directory, *, resume=None, kill_at=0, kill_in="observer", rounds=ROUNDS, source=NET, evaluates=True, **more):
+    """One life of a run: new processes on both sides, the clients' disks as they were."""
+    session._hosted.clear()
+    strategy = make(directory / "run", resume, **more)
+
+    def at_end(row):
+        if kill_in == "observer" and row["round"] == kill_at:
+            raise Killed
+
+    def evaluate(server_round, model):
+        if kill_in == "evaluation" and server_round == kill_at:
+            raise Killed
+        return {"accuracy": model.head.bias.sum().item(), "other": 2}
+
+    app = client_app(source, query=True, evaluates=evaluates)
+    grid = WatchedGrid(app, 4, watch=Watch(at_end=at_end))
+    evaluate_fn = strategy.central_evaluation(evaluate)
+    return strategy, federate(strategy, grid, rounds, store=directory / "store", evaluate_fn=evaluate_fn)
+
+
+def left_behind(directory):
+    """What must be equal: the rows without their times, and the model's bytes."""
+    return timeless(RunDirectory(directory / "run").read_rounds()), (directory / "run/model.safetensors").read_bytes()
+
+
+def as_numbers(result):
+    return [
+        {server_round: dict(metrics) for server_round, metrics in of.items()}
+        for of in (
+            result.train_metrics_clientapp,
+            result.evaluate_metrics_clientapp,
+            result.evaluate_metrics_serverapp,
+        )
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What runs that nobody interrupted leave behind, by their arguments."""
+    known = {}
+
+    def of(**more):
+        key = repr(sorted(more.items(), key=str))
+        if key not in known:
+            directory = tmp_path_factory.mktemp("whole")
+            _, result = run(directory, **more)
+            known[key] = (left_behind(directory), as_numbers(result))
+        return known[key]
+
+    return of
+
+
+@pytest.mark.parametrize("kill_in", ["observer", "evaluation"])
+@pytest.mark.parametrize("kill_at", range(7))
+def test_a_run_killed_after_any_round_continues_as_if_nothing_had_happened(tmp_path, whole, kill_at, kill_in):
+    with pytest.raises(Killed):
+        run(tmp_path, kill_at=kill_at, kill_in=kill_in)
+    if kill_at > 2:
+        assert RunDirectory(tmp_path / "run").latest_checkpoint()[0] in (kill_at - 1, kill_at - 2)
+    _, result = run(tmp_path, resume="auto", kill_at=-1)
+    left, numbers = whole(kill_at=-1)
+    assert left_behind(tmp_path) == left
+    assert as_numbers(result) == numbers
+    assert len(left[0]) == ROUNDS + 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"cls": FedAvg},
+        {"cls": FedLoRA},
+        {"accumulate_into": "stack"},
+        {"reinit": "keep"},
+        {"inner": "median"},
+        {"evaluates": False},
+        {"enrol": False},
+    ],
+    ids=str,
+)
+def test_every_kind_of_run_continues_as_if_nothing_had_happened(tmp_path, arguments):
+    arguments = {**arguments, "kill_at": -1}
+    inner = (lambda: {"inner": FedMedian()}) if arguments.pop("inner", None) else dict
+    run(tmp_path / "whole", **arguments, **inner())
+    for kill_at in (2, 5):
+        with pytest.raises(Killed):
+            run(tmp_path / str(kill_at), **{**arguments, "kill_at": kill_at}, **inner())
+        run(tmp_path / str(kill_at), resume="auto", **arguments, **inner())
+        assert left_behind(tmp_path / str(kill_at)) == left_behind(tmp_path / "whole")
+
+
+def test_a_run_killed_again_and_again_continues_as_if_nothing_had_happened(tmp_path, whole):
+    for kill_at in (1, 3, 4, 4, 6):
+        with pytest.raises(Killed):
+            run(tmp_path, resume="auto", kill_at=kill_at)
+    run(tmp_path, resume="auto", kill_at=-1)
+    assert left_behind(tmp_path) == whole(kill_at=-1)[0]
+
+
+def test_instances_whose_machines_live_on_are_sent_no_base_again(tmp_path):
+    source = own_instances(ConvNet, 4)
+    run(tmp_path / "whole", source=source, kill_at=-1)
+    source = own_instances(ConvNet, 4)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", source=source, kill_at=5)
+    run(tmp_path / "killed", resume="auto", source=source, kill_at=-1)
+    assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "whole")
+
+
+def test_clients_that_lost_their_disks_meanwhile_cost_bytes_and_nothing_else(tmp_path, whole):
+    with pytest.raises(Killed):
+        run(tmp_path, kill_at=5)
+    shutil.rmtree(tmp_path / "store")
+    run(tmp_path, resume="auto", kill_at=-1)
+    (rows, model), (expected, same_model) = left_behind(tmp_path), whole(kill_at=-1)[0]
+    assert model == same_model
+    costs = {"bytes_up", "bytes_down", "bytes_by_purpose"}
+    assert [{k: v for k, v in r.items() if k not in costs} for r in rows] == [
+        {k: v for k, v in r.items() if k not in costs} for r in expected
+    ]
+    assert any("repeats" in row["bytes_by_purpose"] for row in rows)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    run(tmp_path, kill_at=-1)
+    before = left_behind(tmp_path)
+    strategy, result = run(tmp_path, resume="auto", kill_at=-1)
+    assert left_behind(tmp_path) == before
+    assert torch.equal(result.arrays.to_torch_state_dict()["head.bias"], strategy.state.trainables["head.bias"])
+
+
+def test_a_run_can_be_given_more_rounds(tmp_path, whole):
+    run(tmp_path, kill_at=-1, rounds=4)
+    run(tmp_path, kill_at=-1, resume=tmp_path / "run")
+    assert left_behind(tmp_path) == whole(kill_at=-1)[0]
+
+
+def test_a_damaged_checkpoint_costs_a_few_rounds_and_nothing_else(tmp_path, whole):
+    with pytest.raises(Killed):
+        run(tmp_path, kill_at=5)
+    newest = sorted((tmp_path / "run/checkpoints").glob("*.safetensors"))[-1]
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="cannot be read"):
+        run(tmp_path, resume="auto", kill_at=-1)
+    assert left_behind(tmp_path) == whole(kill_at=-1)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rank": 3}, "rank was 2, is 3"),
+        ({"alpha": 9.0}, r"alpha was 4\.0, is 9\.0"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"accumulate_every": 3}, "accumulate_every was 2, is 3"),
+        ({"accumulate_at": [4]}, r"accumulate_every was 2, is 0; accumulate_at was \[\], is \[4\]"),
+        ({"reinit": "keep"}, "reinit was 'reset', is 'keep'"),
+        ({"accumulate_into": "stack"}, "accumulate_into was 'merge', is 'stack'"),
+        ({"target_modules": "hidden"}, r"layers was \[.*'hidden'\], is \['hidden'\]"),
+        ({"dense_leaves": "head"}, "dense_leaves was"),
+        ({"fraction_train": 0.75}, r"fraction_train was 0\.5, is 0\.75"),
+        ({"min_train_nodes": 3}, "min_train_nodes was 1, is 3"),
+        ({"weighted_by_key": "trust"}, "weighted_by was 'num-examples', is 'trust'"),
+        ({"inner": FedMedian()}, r"inner was \['FedAvg'\], is \['FedMedian'\]"),
+    ],
+)
+def test_a_run_cannot_be_continued_with_changed_settings_which_are_named(tmp_path, changes, told):
+    with pytest.raises(Killed):
+        run(tmp_path, kill_at=3, target_modules=["stem", "hidden"])
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    changed = {"target_modules": ["stem", "hidden"], **changes}
+    with pytest.raises(ResumeError, match=f"settings that change the result differ from the run's: {told}"):
+        run(tmp_path, resume="auto", kill_at=-1, **changed)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_cannot_be_continued_by_another_algorithm_or_from_another_model(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, kill_at=3)
+    with pytest.raises(ResumeError, match="strategy was 'FedLoRU', is 'FedAvg'"):
+        run(tmp_path, resume="auto", cls=FedAvg, kill_at=-1)
+    other = FedLoRU(seeded(ConvNet, 9), rank=2, accumulate_every=2, run_dir=tmp_path / "run", resume="auto")
+    same_but_weights = make(tmp_path / "run", "auto")
+    same_but_weights.state, same_but_weights._root_base = other.state, other._root_base
+    with pytest.raises(ResumeError, match="initial weights are not those the run was started with"):
+        federate(same_but_weights, WatchedGrid(client_app(NET, query=True), 4), ROUNDS)
+
+
+@pytest.mark.parametrize(
+    ("inner", "name"),
+    [
+        (FedAdam, "FedAdam"),
+        (lambda: DifferentialPrivacyServerSideFixedClipping(FlowerFedAvg(), 1.0, 1.0, 2), "DifferentialPrivacy"),
+    ],
+)
+def test_an_inner_strategy_with_a_state_of_its_own_cannot_be_continued_and_is_named(tmp_path, inner, name):
+    with pytest.raises(Killed):
+        run(tmp_path, kill_at=3, inner=inner())
+    with pytest.raises(ResumeError, match=f"inner strategy {name}.* carries state from round to round"):
+        run(tmp_path, resume="auto", kill_at=-1, inner=inner())
+
+
+def test_where_there_is_nothing_to_continue(tmp_path):
+    without_directory = FedLoRU(NET, rank=2, resume="auto", **usual())
+    with pytest.raises(ResumeError, match="needs a run_dir"):
+        federate(without_directory, WatchedGrid(client_app(NET), 4), 1)
+    with pytest.raises(ResumeError, match="nowhere holds no run to continue"):
+        run(tmp_path, resume=tmp_path / "nowhere", kill_at=-1)
+    assert not (tmp_path / "nowhere").exists()
+    run(tmp_path, resume="auto", kill_at=-1, rounds=1)
+    assert [row["round"] for row in RunDirectory(tmp_path / "run").read_rounds()] == [0, 1]
+
+
+def test_metrics_of_any_kind_survive_in_the_result(tmp_path):
+    def run_once(resume, rounds):
+        session._hosted.clear()
+        strategy = make(
+            tmp_path / "run",
+            resume,
+            train_metrics_aggr_fn=lambda contents, key: MetricRecord({"l": [1.5, float("nan")], "n": len(contents)}),
+        )
+        grid = WatchedGrid(client_app(NET, query=True), 4)
+        return federate(strategy, grid, rounds, store=tmp_path / "store", train_config=ConfigRecord({"a": 1}))
+
+    run_once(None, 3)
+    again = run_once("auto", 4)
+    assert sorted(again.train_metrics_clientapp) == [1, 2, 3, 4]
+    assert repr(again.train_metrics_clientapp[1]) == repr(MetricRecord({"l": [1.5, float("nan")], "n": 2}))
+
+
+# One life of a run for each line on standard input: a fork, so that torch is imported once. It kills itself at a given
+# flush, which comes when a file has its new content under a temporary name, or its new name, or a line is written.
+SERVANT = """
+import os, signal, sys, traceback
+sys.path.insert(0, sys.argv[1])
+import torch
+import peft
+from pathlib import Path
+from fedloru_flwr.runs import RunDirectory
+import test_resume
+torch.set_num_threads(1)
+RunDirectory.draw_curves = lambda self: None
+
+def life(directory, last):
+    flushes = 0
+    def fsync(descriptor):
+        nonlocal flushes
+        flushes += 1
+        if flushes == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.fsync = fsync
+    test_resume.run(directory, resume="auto", kill_at=-1)
+    (directory / "flushes").write_text(str(flushes))
+
+for line in sys.stdin:
+    directory, last = line.split()
+    process_id = os.fork()
+    if process_id == 0:
+        try:
+            life(Path(directory), int(last))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitpid(process_id, 0)[1], flush=True)
+"""
+
+
+def test_a_run_killed_without_warning_at_any_moment_continues_as_if_nothing_had_happened(tmp_path, whole):
+    environment = {**os.environ, "FEDLORU_STORE": str(tmp_path / "unused")}
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVANT, str(Path(__file__).parent)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as servant:
+
+        def live(directory, last=0):
+            """Run until the end, or until the given flush."""
+            servant.stdin.write(f"{directory} {last}\n")
+            servant.stdin.flush()
+            assert int(servant.stdout.readline()) == (signal.SIGKILL if last else 0)
+
+        live(tmp_path / "uninterrupted")
+        expected = left_behind(tmp_path / "uninterrupted")
+        assert json.dumps(expected[0]) == json.dumps(whole(kill_at=-1)[0][0]), "in another process, the same run"
+        flushes = int((tmp_path / "uninterrupted/flushes").read_text())
+        assert flushes > 50
+        reached = set()
+        for last in random.Random(7).sample(range(1, flushes + 1), 6):
+            directory = tmp_path / str(last)
+            live(directory, last)
+            reached.add(len(RunDirectory(directory / "run").read_rounds()))
+            live(directory)
+            assert left_behind(directory) == expected
+        servant.stdin.close()
+    assert len(reached) > 2, "the kills came in different rounds"
