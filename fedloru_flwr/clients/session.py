@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from fedloru_flwr import wire
 from fedloru_flwr.clients.identity import client_identity
-from fedloru_flwr.lowrank import Entry, derive_seed, digest_tensors, seed_everything
+from fedloru_flwr.lowrank import (
+    Entry,
+    derive_seed,
+    digest_tensors,
+    generator_states,
+    restore_generators,
+    seed_everything,
+)
+from fedloru_flwr.lowrank.random import GeneratorStates
 from fedloru_flwr.models.adapters import AdaptedModel
 from fedloru_flwr.models.plan import build_seeded, plan_adapter, plan_full
 from fedloru_flwr.store import Store, default_path
@@ -63,6 +71,10 @@ class _HostedModel:
         self._counters = {name: b.clone() for name, b in module.named_buffers() if name not in averaged}
         self.own_root = digest_tensors(self.adapted.read_base())
         self.lineage = self.base_lineage = self.own_root
+
+    def forget_base(self) -> None:
+        """Build or load the base anew next time: somebody has written to it."""
+        self.lineage = self.base_lineage = ""
 
     def reset_counters(self) -> None:
         """Give buffers that do not travel their first values: who trained here before must not matter."""
@@ -166,7 +178,7 @@ class LowRankSession:
 
     The model is put into training or evaluation mode, and the global generators of torch, NumPy and Python are seeded
     from (run seed, client, round, kind of message), so that a user's loop, its shuffling and dropout included, is
-    repeatable wherever the message is processed.
+    repeatable wherever the message is processed; `reply` puts back the states they had.
 
     Args:
         model: a factory (a class or a function without arguments), built under the run's seed and kept per process;
@@ -206,6 +218,7 @@ class LowRankSession:
             self._answer("need-base", sure)
         store.set_held(order.root, self.client, order.lineage, base)
         host.reset_counters()
+        self._host = host
         self._adapted = host.adapted
         self._adapted.write_trainables(order.tensors)
         if order.statistics or self._adapted.plan.statistics:
@@ -215,7 +228,7 @@ class LowRankSession:
         self.seed = derive_seed(
             order.settings.seed, "client", self.client, order.server_round, message.metadata.message_type
         )
-        seed_everything(self.seed)
+        _seed_generators(self.seed)
         self._trains = message.metadata.message_type.split(".")[0] == "train"
         self.model.train(self._trains)
         self._adapted.watch_gradients()
@@ -269,8 +282,10 @@ class LowRankSession:
                 scalars and booleans are accepted.
 
         Raises:
-            ValueError: if ``num-examples`` is missing or not a positive number, or a metric is not a number.
+            ValueError: if ``num-examples`` is missing or not a positive number, a metric is not a number, or the loop
+                has trained parameters that are frozen in this run.
         """
+        _restore_generators()
         weighted_by = self._order.settings.weighted_by
         record = MetricRecord({name: _number(name, value) for name, value in metrics.items()})
         weight = record.get(weighted_by)
@@ -284,6 +299,12 @@ class LowRankSession:
             return Message(wire.reply_content(self._order, client=self.client, metrics=record), reply_to=self._message)
         silent = self._adapted.layers_without_gradient()
         self._adapted.stop_watching()
+        if touched := self._adapted.frozen_with_gradient():
+            self._host.forget_base()
+            raise ValueError(
+                f"the training loop has trained parameters that are frozen in this run: {', '.join(touched[:5])}; "
+                "leave requires_grad as the session sets it"
+            )
         if silent:
             _log.warning("these factorised layers got no gradient in training: %s", ", ".join(silent))
         content = wire.reply_content(
@@ -295,6 +316,27 @@ class LowRankSession:
             silent_layers=silent,
         )
         return Message(content, reply_to=self._message)
+
+
+_outer_generators: GeneratorStates | None = None
+
+
+def _seed_generators(seed: int) -> None:
+    """Seed the global generators for a user's loop; `_restore_generators` ends it.
+
+    What is drawn after the reply, such as a local-DP mod's noise, must not follow from a seed that the server knows.
+    """
+    global _outer_generators
+    if _outer_generators is None:  # else the last loop ended in an exception
+        _outer_generators = generator_states()
+    seed_everything(seed)
+
+
+def _restore_generators() -> None:
+    global _outer_generators
+    if _outer_generators is not None:
+        restore_generators(_outer_generators)
+        _outer_generators = None
 
 
 def _number(name: str, value: object) -> int | float:

@@ -11,7 +11,15 @@ from fedloru_flwr.lowrank.factors import (
     truncate,
 )
 from fedloru_flwr.lowrank.ledger import Entry, Ledger, digest_tensors
-from fedloru_flwr.lowrank.random import choose, derive_seed, seed_everything, seeded, uniform
+from fedloru_flwr.lowrank.random import (
+    choose,
+    derive_seed,
+    generator_states,
+    restore_generators,
+    seed_everything,
+    seeded,
+    uniform,
+)
 from fedloru_flwr.lowrank.schedules import AccumulationSchedule, LearningRateSchedule
 
 __all__ = [
@@ -26,8 +34,10 @@ __all__ = [
     "derive_seed",
     "digest_tensors",
     "fold",
+    "generator_states",
     "initial_factors",
     "product",
+    "restore_generators",
     "seed_everything",
     "seeded",
     "truncate",

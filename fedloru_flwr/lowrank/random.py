@@ -8,6 +8,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,14 +56,28 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
+GeneratorStates = tuple[torch.Tensor, Any, Any]
+
+
+def generator_states() -> GeneratorStates:
+    """The states of the global generators of torch (of the CPU), NumPy and Python."""
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def restore_generators(states: GeneratorStates) -> None:
+    """Put back what `generator_states` gave."""
+    torch_state, numpy_state, python_state = states
+    torch.set_rng_state(torch_state)
+    np.random.set_state(numpy_state)
+    random.setstate(python_state)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators for a while, and put back the states they had (of the CPU's, for torch)."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        seed_everything(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
+    """Seed the global generators for a while, and put back the states they had."""
+    before = generator_states()
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        restore_generators(before)

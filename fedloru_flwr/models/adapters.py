@@ -171,6 +171,13 @@ class AdaptedModel:
             return ()
         return tuple(layer.name for layer in self.plan.layers if not self._seen & {layer.a_key, layer.b_key})
 
+    def frozen_with_gradient(self) -> tuple[str, ...]:
+        """Frozen parameters that a user's loop has made trainable and given a gradient; they are forgotten."""
+        touched = tuple(name for name in self.plan.base if self._parameters[name].grad is not None)
+        for name in touched:
+            self._parameters[name].grad = None
+        return touched
+
 
 def _note_gradient(parameter: nn.Parameter, key: str, seen: set[str]) -> Any:
     def hook(_: Tensor) -> None:

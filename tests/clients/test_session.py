@@ -467,3 +467,35 @@ def test_a_model_moved_to_another_dtype_or_device_by_the_user_still_serves_the_n
         wire.read_reply(again.reply({"num-examples": 9}).content, trained=True).statistics["norm.running_mean"],
         statistics["norm.running_mean"].float(),
     )
+
+
+def test_what_is_drawn_after_the_reply_does_not_follow_from_the_runs_seed(store):
+    server = Server()
+
+    def noise_after(outer_seed, failing_loop_first=False):
+        np.random.seed(outer_seed)
+        torch.manual_seed(outer_seed)
+        random.seed(outer_seed)
+        if failing_loop_first:
+            begin(server.order(), store)  # its loop raised: no reply
+        begin(server.order(), store).reply({"num-examples": 1})
+        return np.random.normal(), float(torch.rand(())), random.random()
+
+    fresh = np.random.RandomState(7).normal()
+    assert noise_after(7)[0] == fresh
+    assert noise_after(7) == noise_after(7, failing_loop_first=True)
+    assert noise_after(7) != noise_after(8)
+
+
+def test_a_loop_that_trains_the_frozen_base_is_told_and_the_base_is_as_it_was(store):
+    server = Server()
+    before = begin(server.order(), store)
+    expected = before.model(X).detach()
+    before.reply({"num-examples": 1})
+    low_rank = begin(server.order(), store)
+    low_rank.model.requires_grad_(True)
+    user_loop(low_rank)
+    with pytest.raises(ValueError, match=r"parameters that are frozen in this run: hidden\.weight"):
+        low_rank.reply({"num-examples": 1})
+    again = begin(server.order(), store)
+    assert torch.equal(again.model(X).detach(), expected)
