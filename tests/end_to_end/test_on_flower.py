@@ -125,7 +125,7 @@ def bytes_of_w0(app: Path) -> int:
         from quickstart.task import Net
     finally:
         sys.path.remove(str(app))
-    strategy = FedLoRU(Net, rank=2, alpha=4)
+    strategy = FedLoRU(Net, rank=4, alpha=4)
     ledger = strategy.state.ledger
     content = wire.supply_content(
         "base", root=ledger.root, lineage=ledger.lineage, settings=strategy.settings, base=strategy.state.base

@@ -194,6 +194,33 @@ def test_a_damaged_checkpoint_costs_a_few_rounds_and_nothing_else(tmp_path, whol
     assert left_behind(tmp_path) == whole(kill_at=-1)[0]
 
 
+def test_a_run_that_failed_in_its_first_round_starts_over(tmp_path, whole):
+    class Fails(FlowerFedAvg):
+        def aggregate_train(self, server_round, replies):
+            raise RuntimeError("no memory on the server")
+
+    with pytest.raises(RuntimeError, match="no memory on the server"):
+        run(tmp_path, kill_at=-1, inner=Fails())
+    assert RunDirectory(tmp_path / "run").read_summary()["status"] == "failed"
+    run(tmp_path, resume="auto", kill_at=-1)
+    assert left_behind(tmp_path) == whole(kill_at=-1)[0]
+
+
+def test_an_error_on_the_server_leaves_the_state_after_the_last_round(tmp_path):
+    class FailsLater(FlowerFedAvg):
+        def aggregate_train(self, server_round, replies):
+            if server_round == 6:
+                raise RuntimeError("no memory on the server")
+            return super().aggregate_train(server_round, replies)
+
+    with pytest.raises(RuntimeError, match="no memory on the server"):
+        run(tmp_path, kill_at=-1, inner=FailsLater())
+    directory = RunDirectory(tmp_path / "run")
+    assert directory.latest_checkpoint()[0] == 5
+    assert directory.read_rounds()[-1]["round"] == 5
+    assert (directory.read_summary()["status"], directory.read_summary()["rounds"]) == ("failed", 5)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -13,7 +13,7 @@ def main(grid: Grid, context: Context) -> None:
     model = Net if context.run_config["model-from"] == "factory" else Net()
     strategy = FedLoRU(
         model,
-        rank=2,
+        rank=4,
         alpha=4,
         accumulate_every=context.run_config["accumulate-every"],
         fraction_train=context.run_config["fraction-train"],
