@@ -120,6 +120,7 @@ class RoundProgress:
         self._clock = clock
         self._began = clock()
         self._previous = resumed_from
+        self._warm = False
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -170,6 +171,9 @@ class RoundProgress:
             previous=self._previous,
             first_round=self._first_round,
         )
+        if not self._warm and row["round"] > self._first_round:
+            # The first round pays for starting workers and loading data: the time left is reckoned from its end.
+            self._warm, self._began, self._first_round = True, self._clock(), int(row["round"])
         self._previous = row
         self._progress.update(self._rounds, completed=row["round"])
         self._progress.update(self._clients, completed=0, visible=False)
