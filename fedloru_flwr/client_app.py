@@ -8,9 +8,11 @@ from flwr.clientapp import ClientApp
 
 from fedloru_flwr import wire
 from fedloru_flwr.clients.identity import client_identity
-from fedloru_flwr.clients.session import LowRankSession, SessionAnswer
+from fedloru_flwr.clients.mods import session_mod
+from fedloru_flwr.clients.session import LowRankSession
 from fedloru_flwr.clients.training import LocalOptimisation, choose_device, evaluate, train_locally
 from fedloru_flwr.config import RunConfig
+from fedloru_flwr.data import ClientData
 from fedloru_flwr.workload import client_data, learning_rate, network_factory
 
 app = ClientApp()
@@ -23,16 +25,10 @@ def enrol(message: Message, context: Context) -> Message:
     return Message(wire.enrolment_reply(message.content, enrolment), reply_to=message)
 
 
-@app.train()
+@app.train(mods=[session_mod])
 def train(message: Message, context: Context) -> Message:
     """Train the factors and dense leaves on the client's training samples."""
-    config = RunConfig.from_mapping(context.run_config)
-    torch.set_num_threads(config.threads)
-    data, spec = client_data(config, context)
-    try:
-        session = LowRankSession(network_factory(config, spec), message, context)
-    except SessionAnswer as answer:
-        return answer.message
+    config, data, session = _begin(message, context)
     how = LocalOptimisation(
         epochs=config.local_epochs,
         batch_size=config.batch_size,
@@ -46,15 +42,17 @@ def train(message: Message, context: Context) -> Message:
     return session.reply({"train_loss": loss, wire.NUM_EXAMPLES: len(data.train)})
 
 
-@app.evaluate()
+@app.evaluate(mods=[session_mod])
 def evaluate_held_out(message: Message, context: Context) -> Message:
     """Evaluate the global model on the client's held-out samples."""
+    config, data, session = _begin(message, context)
+    metrics = evaluate(session.model, data.held_out, choose_device(config.device))
+    return session.reply({**metrics, wire.NUM_EXAMPLES: len(data.held_out)})
+
+
+def _begin(message: Message, context: Context) -> tuple[RunConfig, ClientData, LowRankSession]:
+    """What training and evaluation have in common: settings, data, and the model brought up to date."""
     config = RunConfig.from_mapping(context.run_config)
     torch.set_num_threads(config.threads)
     data, spec = client_data(config, context)
-    try:
-        session = LowRankSession(network_factory(config, spec), message, context)
-    except SessionAnswer as answer:
-        return answer.message
-    metrics = evaluate(session.model, data.held_out, choose_device(config.device))
-    return session.reply({**metrics, wire.NUM_EXAMPLES: len(data.held_out)})
+    return config, data, LowRankSession(network_factory(config, spec), message, context)

@@ -88,10 +88,7 @@ class _HostedModel:
         if lineage == self.own_root and self._factory is not None:
             parameters = dict(build_seeded(self._factory, self._settings.seed).named_parameters())
             return {name: parameters[name].detach() for name in self.adapted.plan.base}
-        base = store.base(lineage)
-        if base is None:
-            return None
-        return {name: base[name] for name in self.adapted.plan.base if name in base} | base  # files know no order
+        return store.base(lineage)
 
     def has_base(self, lineage: str, store: Store) -> bool:
         """Whether the base of a lineage is at hand."""

@@ -337,6 +337,24 @@ def test_a_failure_in_the_middle_leaves_no_half_moved_model(store):
     assert same({name: tensor.clone() for name, tensor in host.adapted.read_base().items()}, before)
 
 
+def test_entries_that_do_not_fit_leave_the_model_at_the_base_it_says(store):
+    server = Server(accumulate_into="stack")
+    server.accumulate()
+    low_rank = begin(server.order(kind="evaluate", entries=server.entries), store)
+    (host,) = session._hosted.values()
+    other = "b" * 64
+    store.put_base(other, {"hidden.weight": torch.ones(10, 12)})
+    odd = Entry.after(other, {"elsewhere.lora_A": torch.ones(2, 12)}, 1.0)
+    store.put_entry(odd)
+    with pytest.raises(KeyError):
+        host.bring_to(odd.digest, store, server.state.ledger.root, other)
+    assert host.lineage == host.base_lineage == other
+    plain = factory().eval()
+    with torch.no_grad():
+        plain.hidden.weight.fill_(1.0)
+    torch.testing.assert_close(low_rank.model(X), plain(X))
+
+
 @pytest.mark.parametrize("into", ["merge", "stack"])
 def test_entries_that_came_with_the_order_are_used_and_kept(store, into):
     server = Server(accumulate_into=into)
@@ -345,6 +363,7 @@ def test_entries_that_came_with_the_order_are_used_and_kept(store, into):
     low_rank = begin(server.order(entries=server.entries), store)
     assert store.held(server.state.ledger.root, "5") == server.lineage
     assert [store.entry(e.digest) is not None for e in server.entries] == [True, True]
+    assert store.has_base(server.lineage) == (into == "merge"), "a fresh process need not fold again"
     # Once noted they need not come again, in whatever process.
     with torch.no_grad():
         outputs = low_rank.model.eval()(X)
@@ -359,7 +378,7 @@ def test_more_entries_than_are_lacked_do_no_harm(store):
     server.accumulate(0.2)
     low_rank = begin(server.order(entries=server.entries), store)
     assert low_rank._adapted.read_base()["hidden.weight"].sum() == pytest.approx(
-        float(factory().hidden.weight.sum()) + 2.0 * 120 * (0.2 + 0.4), rel=1e-4
+        factory().hidden.weight.sum().item() + 2.0 * 120 * (0.2 + 0.4), rel=1e-4
     )
 
 

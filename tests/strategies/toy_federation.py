@@ -144,9 +144,9 @@ def client_app(net, *, shape=None, rate=RATE, seen=None, tamper=None, before=Non
     return app
 
 
-def own_instances(net, count, seed=50):
-    """Every client has an instance of its own, with initial weights of its own."""
-    instances = [seeded(net, seed + index)() for index in range(count)]
+def own_instances(net, count, seed=50, step=1):
+    """Every client has an instance of its own, with initial weights of its own (or, with step 0, all the same)."""
+    instances = [seeded(net, seed + step * index)() for index in range(count)]
 
     def of(context):
         return instances[int(context.node_config["partition-id"])]
