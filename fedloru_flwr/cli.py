@@ -28,13 +28,17 @@ def run(
         typer.Option("--config", "-c", help='Settings over the file\'s: "rank=8 learning-rate=0.05".'),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="flower: `flwr run` on Ray; in-process: the same apps in this process.")
+        str,
+        typer.Option(
+            help="flower (the default): `flwr run` on Ray; in-process: the same apps in this process.",
+            show_default=False,
+        ),
     ] = "flower",
-    resume: Annotated[str, typer.Option(help="auto, or the directory of a run to continue.")] = "",
+    resume: Annotated[str, typer.Option(help="auto, or the directory of a run to continue.", show_default=False)] = "",
     num_actors: Annotated[
         int | None, typer.Option(help="Ray workers; by default one a CPU.", show_default=False)
     ] = None,
-    gpus_per_client: Annotated[float, typer.Option(help="GPUs a Ray worker counts for.")] = 0.0,
+    gpus_per_client: Annotated[float, typer.Option(help="GPUs a Ray worker counts for.", show_default=False)] = 0.0,
 ) -> None:
     """Run one federated training."""
     from fedloru_flwr import launch
@@ -60,8 +64,8 @@ def run(
         )
     except ValueError as error:
         _fail(error, 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; continue with --resume", 130)
+    except KeyboardInterrupt as interrupt:
+        _fail(f"interrupted; {interrupt}", 130)
     except Exception as error:
         if os.environ.get("FEDLORU_DEBUG"):
             raise

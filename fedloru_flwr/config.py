@@ -14,11 +14,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from fedloru_flwr.registry import ALGORITHMS
+
 Scalar = bool | int | float | str
 
 
 # A key, then a value in double quotes, in single quotes, or without blanks and quotes; then a blank or the end.
-_PAIR = re.compile(r"""([^\s=]+)=("(?:[^"\\]|\\.)*"|'[^']*'|[^\s"']+)(?:\s+|$)""")
+_PAIR = re.compile(r"""([^\s=]+)=("(?:[^"\\]|\\.)*"|'[^']*'|[^\s"']*)(?:\s+|$)""")
+
+
+# What a run may be continued with another value of: its result does not depend on it.
+_FREE_WHEN_CONTINUED = (
+    "output-dir",
+    "run-name",
+    "resume",
+    "data-path",
+    "device",
+    "checkpoint-every",
+    "timeout",
+    "max-failure-fraction",
+)
 
 
 class ConfigError(ValueError):
@@ -42,7 +57,7 @@ def _setting(
 class RunConfig:
     """All settings of a run; the field ``local_epochs`` is the key ``local-epochs``."""
 
-    algorithm: str = _setting("fedloru", "the method", choices=("fedavg", "fedlora", "fedloru"))
+    algorithm: str = _setting("fedloru", "the method", choices=tuple(ALGORITHMS))
     num_server_rounds: int = _setting(40, "rounds T", low=1)
     num_clients: int = _setting(100, "clients K; a simulation has as many SuperNodes", low=1)
     fraction_train: float = _setting(0.5, "share C of the clients that train in a round", above=0, high=1)
@@ -129,8 +144,27 @@ class RunConfig:
         """The shape of ``input-shape``; empty if not given."""
         return _integers("input-shape", self.input_shape)
 
+    def changed_from(self, settings: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+        """The settings that would change the result of a run begun with ``settings``: key, then was and is.
+
+        More rounds do not, as long as the learning rate does not depend on their number.
+        """
+        free = set(_FREE_WHEN_CONTINUED)
+        if self.learning_rate_schedule == "constant":
+            free.add("num-server-rounds")
+        mine = self.as_mapping()
+        return {
+            key: (settings[key], mine[key])
+            for key in mine
+            if key in settings and key not in free and settings[key] != mine[key]
+        }
+
     def _check_together(self) -> None:
         _ = self.accumulation_rounds, self.hidden_widths, self.sample_shape
+        if not self.output_dir.strip():
+            raise ConfigError("output-dir is empty: name a directory, '.' for the one at hand")
+        if self.norm == "batch" and self.model.startswith("resnet") and self.batch_size == 1:
+            raise ConfigError("norm = 'batch' cannot train with batch-size = 1: use norm = 'group' or larger batches")
         late = [at for at in self.accumulation_rounds if at > self.num_server_rounds]
         if late:
             raise ConfigError(
@@ -185,9 +219,10 @@ def parse_overrides(text: str) -> dict[str, object]:
             raise ConfigError(f"-c: expected key=value pairs separated by blanks, got {rest!r}")
         key, value = pair.groups()
         try:
-            settings[key] = tomllib.loads(f"value = {value}")["value"]
+            parsed = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            settings[key] = value
+            parsed = value
+        settings[key] = parsed if isinstance(parsed, bool | int | float | str) else value  # a date is a text here
         rest = rest[pair.end() :]
     return settings
 

@@ -1,7 +1,5 @@
 """One run from settings to run directory: everything the ServerApp does, whatever engine calls it."""
 
-import importlib.metadata
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,12 @@ from rich.console import Console
 from torch import nn
 
 from fedloru_flwr.clients.training import choose_device, evaluate
-from fedloru_flwr.config import RunConfig
+from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import Samples
 from fedloru_flwr.engines.in_process import InProcessGrid
 from fedloru_flwr.models import NetworkFactory, plan_adapter, plan_full
-from fedloru_flwr.registry import build_strategy
-from fedloru_flwr.runs import RoundProgress, RunDirectory, closing_table
+from fedloru_flwr.registry import ALGORITHMS
+from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_table
 from fedloru_flwr.strategies import FederatedStrategy
 from fedloru_flwr.strategies.federated import CommonOptions
 from fedloru_flwr.workload import network_factory, server_data
@@ -30,16 +28,19 @@ def check(config: RunConfig) -> None:
     """
     _, spec = server_data(config)
     model = network_factory(config, spec)()
-    if config.algorithm == "fedavg":
-        plan_full(model)
-    else:
+    if ALGORITHMS[config.algorithm].factorised:
         plan_adapter(model, config.rank, config.alpha, config.target_modules, config.dense_leaves)
-    choose_device(config.device)
-    if config.resume in ("", "auto"):
-        if not _to_continue(config):
-            RunDirectory.check(config.output_dir, config.run_name)
     else:
-        RunDirectory.open(config.resume)
+        plan_full(model)
+    choose_device(config.device)
+    continued = run_to_continue(config)
+    if continued is None:
+        RunDirectory.check(config.output_dir, config.run_name)
+    elif changed := config.changed_from(recorded_settings(continued)):
+        told = "; ".join(f"{key} was {was!r}, is {now!r}" for key, (was, now) in changed.items())
+        raise ConfigError(
+            f"resume: settings that change the result differ from those {continued.path} began with: {told}"
+        )
 
 
 @dataclass(frozen=True)
@@ -64,20 +65,9 @@ class Job:
         check(config)
         samples, spec = server_data(config)
         factory = network_factory(config, spec)
-        directory = _directory(config)
-        job = cls(config, samples, factory, directory)
-        directory.write_manifest(job._manifest())
-        return job
-
-    def _manifest(self) -> dict[str, Any]:
-        packages = ("fedloru-flwr", "flwr", "torch", "peft", "numpy", "ray", "safetensors", "flwr-datasets")
-        return {
-            "config": self.config.as_mapping(),
-            "seed": self.config.seed,
-            "versions": {name: _version(name) for name in packages} | {"python": platform.python_version()},
-            "machine": platform.machine(),
-            "model": {"name": self.factory.name, "input_shape": list(self.factory.input_shape)},
-        }
+        directory = run_to_continue(config) or RunDirectory.create(config.output_dir, config.run_name)
+        directory.update_manifest({"config": config.as_mapping()})
+        return cls(config, samples, factory, directory)
 
     def strategy(self, progress: RoundProgress | None) -> FederatedStrategy:
         """The strategy the settings describe."""
@@ -96,7 +86,7 @@ class Job:
             "min_evaluate_nodes": 1,
             "min_available_nodes": 1,
         }
-        return build_strategy(config, self.factory, **common)
+        return ALGORITHMS[config.algorithm].build(config, self.factory, **common)
 
     def run(self, grid: Grid, console: Console | None = None) -> dict[str, Any]:
         """Train, show progress, and return the summary."""
@@ -149,33 +139,27 @@ def _introduce(
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _to_continue(config: RunConfig) -> bool:
-    """Whether ``resume = "auto"`` has a run to continue."""
-    if config.resume != "auto":
-        return False
-    path = Path(config.output_dir).expanduser() / (config.run_name or "latest")
-    if not path.exists():
-        return False
-    summary = RunDirectory.open(path).read_summary()
-    return bool(config.run_name) or summary is None or summary["status"] != "finished"
+def run_to_continue(config: RunConfig) -> RunDirectory | None:
+    """The run that ``resume`` asks to continue; with ``"auto"``, None where there is none yet.
 
+    ``"auto"`` means the run of the given name, or without a name the newest one unless it has finished.
 
-def directory_path(config: RunConfig) -> Path:
-    """Where the run's directory is or will be; with neither a name nor a run to continue, the output directory."""
+    Raises:
+        OutputError: if ``resume`` names no run.
+    """
     if config.resume not in ("", "auto"):
-        return RunDirectory.open(config.resume).path
+        return RunDirectory.open(config.resume)
     path = Path(config.output_dir).expanduser() / (config.run_name or "latest")
-    return RunDirectory.open(path).path if _to_continue(config) else path
-
-
-def _directory(config: RunConfig) -> RunDirectory:
-    if config.resume not in ("", "auto") or _to_continue(config):
-        return RunDirectory.open(directory_path(config))
-    return RunDirectory.create(config.output_dir, config.run_name)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    if not config.resume or not path.exists():
         return None
+    directory = RunDirectory.open(path)
+    summary = directory.read_summary()
+    return directory if config.run_name or summary is None or summary["status"] != "finished" else None
+
+
+def recorded_settings(directory: RunDirectory) -> dict[str, Any]:
+    """The settings a run began with; empty if it ended before it wrote them down."""
+    try:
+        return dict(directory.read_manifest().get("config", {}))
+    except OutputError:
+        return {}

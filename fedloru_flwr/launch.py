@@ -1,5 +1,6 @@
 """`fedloru run` as a Python function: settings in, summary out, whatever the engine."""
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fedloru_flwr.config import RunConfig, read_config_file
+from fedloru_flwr.config import ConfigError, RunConfig, read_config_file
 from fedloru_flwr.runs import RunDirectory
 
 Engine = Literal["flower", "in-process"]
@@ -54,20 +55,36 @@ def run(
     if resume:
         settings["resume"] = resume
     checked = RunConfig.from_mapping(settings)
+    if checked.dataset == "clients":
+        raise ConfigError(
+            "dataset = 'clients' is for a deployment, whose SuperNodes have data; this would simulate them"
+        )
     if engine not in ENGINES:
         raise ValueError(f"engine = {engine!r} is not one of {', '.join(ENGINES)}")
     if num_actors is not None and num_actors < 1:
         raise ValueError(f"num-actors must be at least 1, got {num_actors}")
-    resolved = _resolve(checked)
     with _private_matplotlib():
-        from fedloru_flwr.job import check, directory_path
+        from fedloru_flwr.job import check, recorded_settings, run_to_continue
 
+        resolved = _resolve(checked)
+        if (continued := run_to_continue(resolved)) is not None:
+            # What is not said anew is as it was when the run began.
+            resolved = _resolve(RunConfig.from_mapping({**recorded_settings(continued), **settings}))
+        elif not resolved.run_name:
+            # To the millisecond: runs that are started together get names of their own.
+            stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
+            resolved = dataclasses.replace(resolved, run_name=stamp)
         check(resolved)
-        path = directory_path(resolved)
-        if engine == "in-process":
-            _run_in_process(resolved)
-        else:
-            _run_on_flower(resolved, path, num_actors, gpus_per_client, on_line)
+        path = continued.path if continued is not None else Path(resolved.output_dir) / resolved.run_name
+        try:
+            if engine == "in-process":
+                _run_in_process(resolved)
+            else:
+                _run_on_flower(resolved, num_actors, gpus_per_client, on_line)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"what the run saved is in {path}; continue: fedloru run --resume {path}") from None
+        except Exception as error:
+            raise RunFailedError(f"{error}\nWhat the run saved is in {path}") from error
     summary = RunDirectory.open(path).read_summary()
     if summary is None:
         raise RunFailedError(f"the run ended without a summary; what it saved is in {path}")
@@ -75,7 +92,7 @@ def run(
 
 
 def _resolve(config: RunConfig) -> RunConfig:
-    """Make paths absolute, since other processes run elsewhere, and fix the run's name before anything starts."""
+    """Make paths absolute, since other processes run elsewhere."""
     settings: dict[str, object] = dict(config.as_mapping())
     output_dir = Path(config.output_dir).expanduser().absolute()
     settings["output-dir"] = str(output_dir)
@@ -83,10 +100,6 @@ def _resolve(config: RunConfig) -> RunConfig:
         settings["data-path"] = str(Path(config.data_path).expanduser().absolute())
     if config.resume not in ("", "auto"):
         settings["resume"] = str(Path(config.resume).expanduser().absolute())
-    elif not config.run_name and config.resume != "auto":
-        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        names = (stamp if number == 1 else f"{stamp}-{number}" for number in range(1, 10_000))
-        settings["run-name"] = next(name for name in names if not (output_dir / name).exists())
     return RunConfig.from_mapping(settings)
 
 
@@ -99,30 +112,23 @@ def _run_in_process(config: RunConfig) -> None:
 
 
 def _run_on_flower(
-    config: RunConfig,
-    path: Path,
-    num_actors: int | None,
-    gpus_per_client: float,
-    on_line: Callable[[str], None],
+    config: RunConfig, num_actors: int | None, gpus_per_client: float, on_line: Callable[[str], None]
 ) -> None:
     from fedloru_flwr.engines.app_dir import flower_app
-    from fedloru_flwr.engines.flower import FlowerError, run_on_flower
+    from fedloru_flwr.engines.flower import run_on_flower
 
     with flower_app() as app_dir:
-        try:
-            outcome = run_on_flower(
-                app_dir,
-                config.as_mapping(),
-                num_supernodes=config.num_clients,
-                client_num_gpus=gpus_per_client,
-                ray_num_cpus=num_actors,
-                environment={"MPLCONFIGDIR": os.environ["MPLCONFIGDIR"]},
-                on_line=on_line,
-            )
-        except FlowerError as error:
-            raise RunFailedError(str(error)) from error
+        outcome = run_on_flower(
+            app_dir,
+            config.as_mapping(),
+            num_supernodes=config.num_clients,
+            client_num_gpus=gpus_per_client,
+            ray_num_cpus=num_actors,
+            environment={"MPLCONFIGDIR": os.environ["MPLCONFIGDIR"]},
+            on_line=on_line,
+        )
     if not outcome.completed:
-        raise RunFailedError(f"the run ended as {outcome.status} ({outcome.details}); what it saved is in {path}")
+        raise RuntimeError(f"the run ended as {outcome.status}: {outcome.details}")
 
 
 @contextmanager

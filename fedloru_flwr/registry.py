@@ -1,20 +1,47 @@
-"""The algorithms by name: what turns settings into a strategy. A new algorithm is one row here."""
+"""The algorithms by name: what each is, and what turns settings into its strategy. A new one is one row here."""
 
 from collections.abc import Callable
-from typing import Unpack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-from fedloru_flwr.config import RunConfig
-from fedloru_flwr.strategies import FedAvg, FederatedStrategy, FedLoRA, FedLoRU
-from fedloru_flwr.strategies.federated import CommonOptions
+    from fedloru_flwr.config import RunConfig
+    from fedloru_flwr.strategies import FederatedStrategy
+    from fedloru_flwr.strategies.federated import CommonOptions
+
+    Build = Callable[..., FederatedStrategy]
 
 
-def _fedavg(config: RunConfig, model: Callable[[], nn.Module], **common: Unpack[CommonOptions]) -> FederatedStrategy:
+@dataclass(frozen=True)
+class Algorithm:
+    """A row of the registry.
+
+    Attributes:
+        build: makes the strategy from settings, the network's factory and `CommonOptions`.
+        factorised: it trains factors; else every parameter.
+        accumulates: it accumulates the factors' product by the settings' schedule.
+    """
+
+    build: "Build"
+    factorised: bool = True
+    accumulates: bool = False
+
+
+def _fedavg(
+    config: "RunConfig", model: "Callable[[], nn.Module]", **common: "Unpack[CommonOptions]"
+) -> "FederatedStrategy":
+    from fedloru_flwr.strategies import FedAvg
+
     return FedAvg(model, seed=config.seed, **common)
 
 
-def _fedlora(config: RunConfig, model: Callable[[], nn.Module], **common: Unpack[CommonOptions]) -> FederatedStrategy:
+def _fedlora(
+    config: "RunConfig", model: "Callable[[], nn.Module]", **common: "Unpack[CommonOptions]"
+) -> "FederatedStrategy":
+    from fedloru_flwr.strategies import FedLoRA
+
     return FedLoRA(
         model,
         rank=config.rank,
@@ -26,15 +53,19 @@ def _fedlora(config: RunConfig, model: Callable[[], nn.Module], **common: Unpack
     )
 
 
-def _fedloru(config: RunConfig, model: Callable[[], nn.Module], **common: Unpack[CommonOptions]) -> FederatedStrategy:
+def _fedloru(
+    config: "RunConfig", model: "Callable[[], nn.Module]", **common: "Unpack[CommonOptions]"
+) -> "FederatedStrategy":
+    from fedloru_flwr.strategies import FedLoRU
+
     return FedLoRU(
         model,
         rank=config.rank,
         alpha=config.alpha,
         accumulate_every=config.accumulate_every,
         accumulate_at=config.accumulation_rounds,
-        reinit="keep" if config.reinit == "keep" else "reset",
-        accumulate_into="stack" if config.accumulate_into == "stack" else "merge",
+        reinit=cast("Any", config.reinit),
+        accumulate_into=cast("Any", config.accumulate_into),
         target_modules=config.target_modules,
         dense_leaves=config.dense_leaves,
         seed=config.seed,
@@ -42,17 +73,8 @@ def _fedloru(config: RunConfig, model: Callable[[], nn.Module], **common: Unpack
     )
 
 
-BUILDERS = {"fedavg": _fedavg, "fedlora": _fedlora, "fedloru": _fedloru}
-
-
-def build_strategy(
-    config: RunConfig, model: Callable[[], nn.Module], **common: Unpack[CommonOptions]
-) -> FederatedStrategy:
-    """Build the strategy that ``config.algorithm`` names.
-
-    Args:
-        config: checked settings.
-        model: the factory of the network.
-        common: what every strategy takes, see `FederatedStrategy`.
-    """
-    return BUILDERS[config.algorithm](config, model, **common)
+ALGORITHMS = {
+    "fedavg": Algorithm(_fedavg, factorised=False),
+    "fedlora": Algorithm(_fedlora),
+    "fedloru": Algorithm(_fedloru, accumulates=True),
+}

@@ -63,7 +63,7 @@ class Store:
                 metadata = dict(file.metadata() or {})
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError):
+        except (SafetensorError, OSError, RuntimeError):  # the last: torch's, for a file that has just gone
             path.unlink(missing_ok=True)
             return None
         with contextlib.suppress(OSError):

@@ -264,14 +264,21 @@ def supply_content(
     root: str,
     lineage: str,
     settings: Settings,
+    template: RecordDict | None = None,
     entries: Sequence[Entry] = (),
     base: Mapping[str, Tensor] | None = None,
 ) -> RecordDict:
-    """A message that carries ledger entries or a whole base, as arrays."""
+    """A message that carries ledger entries or a whole base, as arrays, under the template's record names.
+
+    It has the user's own settings too, since a client's function may read them before it makes its session.
+    """
     tensors, chain = _flatten(entries) if kind == "entries" else (dict(base or {}), [])
     brain = [name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16]
     header = _header(kind, root, lineage, settings, chain=chain, bfloat16=brain)
-    return RecordDict({ARRAYS: to_record(tensors), CONFIG: ConfigRecord({HEADER: header})})
+    arrays_key, (config_key, config) = ARRAYS, (CONFIG, ConfigRecord())
+    if template is not None:
+        arrays_key, (config_key, config) = _only_arrays(template)[0], _only_config(template)
+    return RecordDict({arrays_key: to_record(tensors), config_key: ConfigRecord({**config, HEADER: header})})
 
 
 def _only_arrays(content: RecordDict) -> tuple[str, ArrayRecord]:

@@ -1,5 +1,7 @@
 """From settings to data and network, the same on the server and on every client."""
 
+from typing import Any, cast
+
 from flwr.app import Context
 
 from fedloru_flwr.config import ConfigError, RunConfig
@@ -16,6 +18,7 @@ from fedloru_flwr.data import (
 )
 from fedloru_flwr.lowrank import AccumulationSchedule, LearningRateSchedule
 from fedloru_flwr.models import NetworkFactory
+from fedloru_flwr.registry import ALGORITHMS
 
 
 def data_config(config: RunConfig) -> DataConfig:
@@ -76,7 +79,7 @@ def network_factory(config: RunConfig, spec: DataSpec) -> NetworkFactory:
             num_classes=spec.num_classes,
             width=config.model_width,
             hidden=config.hidden_widths,
-            norm="batch" if config.norm == "batch" else "group",
+            norm=cast("Any", config.norm),
             seed=config.seed,
         )
     except ValueError as error:
@@ -85,7 +88,7 @@ def network_factory(config: RunConfig, spec: DataSpec) -> NetworkFactory:
 
 def accumulation_schedule(config: RunConfig) -> AccumulationSchedule:
     """When the run accumulates."""
-    if config.algorithm != "fedloru":
+    if not ALGORITHMS[config.algorithm].accumulates:
         return AccumulationSchedule.never()
     if config.accumulation_rounds:
         return AccumulationSchedule.listed(config.accumulation_rounds)
@@ -94,10 +97,7 @@ def accumulation_schedule(config: RunConfig) -> AccumulationSchedule:
 
 def learning_rate(config: RunConfig, server_round: int) -> float:
     """The clients' learning rate in a round."""
-    kind = config.learning_rate_schedule
     schedule = LearningRateSchedule(
-        "cosine" if kind == "cosine" else "step" if kind == "step" else "constant",
-        config.learning_rate,
-        config.learning_rate_restart,
+        cast("Any", config.learning_rate_schedule), config.learning_rate, config.learning_rate_restart
     )
     return schedule(server_round, config.num_server_rounds, accumulation_schedule(config))

@@ -1,4 +1,3 @@
-import dataclasses
 import tomllib
 from pathlib import Path
 
@@ -6,7 +5,6 @@ import pytest
 
 from fedloru_flwr.config import ConfigError, RunConfig, parse_overrides, read_config_file
 from fedloru_flwr.engines.app_dir import app_table
-from fedloru_flwr.registry import BUILDERS
 
 
 def test_defaults_are_valid_and_survive_a_round_trip():
@@ -14,11 +12,6 @@ def test_defaults_are_valid_and_survive_a_round_trip():
     assert RunConfig.from_mapping(config.as_mapping()) == config
     assert RunConfig.from_mapping({}) == config
     assert config.as_mapping()["local-epochs"] == config.local_epochs
-
-
-def test_every_algorithm_that_can_be_named_can_be_built():
-    (setting,) = [field for field in dataclasses.fields(RunConfig) if field.name == "algorithm"]
-    assert setting.metadata["choices"] == tuple(BUILDERS)
 
 
 def test_the_pyproject_declares_the_app_that_the_package_runs():
@@ -81,7 +74,7 @@ def test_overrides_are_read_as_toml_or_as_text():
     assert parse_overrides("data-path='/a b/c.csv'") == {"data-path": "/a b/c.csv"}
 
 
-@pytest.mark.parametrize("text", ["rank", "=3", "rank=", 'run-name="a'])
+@pytest.mark.parametrize("text", ["rank", "=3", 'run-name="a'])
 def test_an_override_that_is_no_pair_is_refused(text):
     with pytest.raises(ConfigError, match="-c"):
         parse_overrides(text)

@@ -71,6 +71,28 @@ class _HostedModel:
         self._counters = {name: b.clone() for name, b in module.named_buffers() if name not in averaged}
         self.own_root = digest_tensors(self.adapted.read_base())
         self.lineage = self.base_lineage = self.own_root
+        self.mark()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # An instance carries its host; a copy or a file of the user's model does not.
+        return type(None), ()
+
+    def mark(self) -> None:
+        """Note the base as it is now."""
+        self._marks = self.adapted.base_marks()
+
+    def mend(self) -> None:
+        """Undo what a user's loop may have done to what stays in the process, its failures included."""
+        changed = self.adapted.base_written(self._marks) or self.adapted.base_replaced(self._marks)
+        if self.adapted.restore_dtypes() or changed:
+            self.forget_base()
+
+    def trained_frozen(self) -> tuple[str, ...]:
+        """The frozen parameters that a user's loop has trained; the base is then built or loaded anew next time."""
+        touched = self.adapted.frozen_with_gradient() or self.adapted.base_written(self._marks)
+        if touched:
+            self.forget_base()
+        return touched
 
     def forget_base(self) -> None:
         """Build or load the base anew next time: somebody has written to it."""
@@ -151,11 +173,11 @@ _INSTANCE_HOST = "_fedloru_host"
 def _host(source: ModelSource, settings: wire.Settings) -> _HostedModel:
     """The model of this source in this process, built at first use."""
     if isinstance(source, nn.Module):
-        known: tuple[wire.Settings, _HostedModel] | None = source.__dict__.get(_INSTANCE_HOST)
+        known: tuple[wire.Settings, _HostedModel | None] | None = source.__dict__.get(_INSTANCE_HOST)
         if known is None:
             known = (settings, _HostedModel(source, settings))
             source.__dict__[_INSTANCE_HOST] = known
-        if known[0] != settings:
+        if known[0] != settings or known[1] is None:
             raise ValueError(
                 "this model instance already serves another run, whose adapters it carries: pass a factory (a class or "
                 "a function without arguments) instead of an instance, or a fresh instance for each run"
@@ -206,6 +228,7 @@ class LowRankSession:
         if order.kind != "work":
             self._accept_supply()
         host = _host(model, order.settings)
+        host.mend()
         base = store.client_base(order.root, self.client)
         if not host.has_base(base, store):
             base = order.root
@@ -214,6 +237,7 @@ class LowRankSession:
             sure = next((at for at in self._claims(host) if host.bring_to(at, store, order.root, base)), "")
             self._answer("need-base", sure)
         store.set_held(order.root, self.client, order.lineage, base)
+        host.mark()
         host.reset_counters()
         self._host = host
         self._adapted = host.adapted
@@ -296,8 +320,7 @@ class LowRankSession:
             return Message(wire.reply_content(self._order, client=self.client, metrics=record), reply_to=self._message)
         silent = self._adapted.layers_without_gradient()
         self._adapted.stop_watching()
-        if touched := self._adapted.frozen_with_gradient():
-            self._host.forget_base()
+        if touched := self._host.trained_frozen():
             raise ValueError(
                 f"the training loop has trained parameters that are frozen in this run: {', '.join(touched[:5])}; "
                 "leave requires_grad as the session sets it"

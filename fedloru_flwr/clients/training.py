@@ -84,6 +84,8 @@ def train_locally(model: nn.Module, samples: Samples, how: LocalOptimisation, se
         optimizer = torch.optim.SGD(parameters, how.learning_rate, momentum=how.momentum, weight_decay=how.weight_decay)
     generator = torch.Generator().manual_seed(seed)
     no_single = has_batch_norm(model)
+    if no_single and len(samples) == 1:
+        _hold_batch_norm(model)
     total = torch.zeros((), device=device)
     for _ in range(how.epochs):
         total.zero_()
@@ -97,6 +99,13 @@ def train_locally(model: nn.Module, samples: Samples, how: LocalOptimisation, se
             optimizer.step()
             total += loss.detach() * len(indices)
     return float(total) / len(samples)
+
+
+def _hold_batch_norm(model: nn.Module) -> None:
+    """Let batch normalisation use its running statistics: a single sample has no variance."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 @torch.no_grad()

@@ -39,6 +39,8 @@ class InProcessGrid(Grid):
         node_configs: one a node, instead of ``partition-id`` and ``num-partitions``.
     """
 
+    complete = True  # no more nodes will come: a strategy need not wait for them
+
     def __init__(
         self,
         client_app: ClientApp,

@@ -38,6 +38,11 @@ class AccumulationSchedule:
         """Never accumulate: FedLoRA and full-rank methods."""
         return cls()
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether there is any round after which it accumulates."""
+        return self.every > 0 or bool(self.at)
+
     def due(self, server_round: int) -> bool:
         """Whether the result of ``server_round`` (from 1) is to be accumulated."""
         return server_round in self.at or (self.every > 0 and server_round % self.every == 0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedloru_flwr.lowrank import Adapter, Entry, FactorisedLayer, concatenate, fold
 from fedloru_flwr.models.plan import AdapterPlan, exact_pattern, has_fused_transformer
 
+BaseMarks = dict[str, tuple[int, int, torch.device]]
 _TRAINED = "default"
 _LEDGER = "ledger"
 
@@ -35,9 +36,12 @@ class AdaptedModel:
         self._owners = {name: (module.get_submodule(owner), local) for name, (owner, _, local) in owners.items()}
         self._seen: set[str] = set()
         self._watches: list[Any] = []
+        self._rounded = False
         if plan.layers:
             self._attach()
         self._set_gradients()
+        tensors = [*self._trainable(), *self._parameters.items(), *self._statistics().items()]
+        self._built = {name: tensor.dtype for name, tensor in tensors}
         if has_fused_transformer(module):
             # torch's fused encoder reads the base weights directly in eval mode and would ignore the adapters.
             torch.backends.mha.set_fastpath_enabled(False)
@@ -82,8 +86,8 @@ class AdaptedModel:
             yield name, self._parameters[name]
 
     def read_trainables(self) -> dict[str, Tensor]:
-        """A copy of the Trainables on the CPU, in their fixed order; half precision becomes float32."""
-        return {key: _wire_copy(parameter) for key, parameter in self._trainable()}
+        """A copy of the Trainables on the CPU, in their fixed order, in float32 (a float64 model's in float64)."""
+        return {key: _wire_copy(parameter, self._built[key]) for key, parameter in self._trainable()}
 
     @torch.no_grad()
     def write_trainables(self, tensors: Mapping[str, Tensor]) -> None:
@@ -101,7 +105,7 @@ class AdaptedModel:
 
     def read_statistics(self) -> dict[str, Tensor]:
         """A copy of the running statistics on the CPU, in float32 (float64 stays)."""
-        return {name: _wire_copy(buffer) for name, buffer in self._statistics().items()}
+        return {name: _wire_copy(buffer, self._built[name]) for name, buffer in self._statistics().items()}
 
     @torch.no_grad()
     def write_statistics(self, tensors: Mapping[str, Tensor]) -> None:
@@ -171,12 +175,42 @@ class AdaptedModel:
             return ()
         return tuple(layer.name for layer in self.plan.layers if not self._seen & {layer.a_key, layer.b_key})
 
+    def restore_dtypes(self) -> bool:
+        """Give every tensor the number format it was built with; say whether a user's loop had changed the base's."""
+        for tensors in (dict(self._trainable()), self._statistics(), self._parameters):
+            for name, tensor in tensors.items():
+                if tensor.dtype != self._built[name]:
+                    tensor.data = tensor.data.to(self._built[name])
+                    self._rounded |= name in self.plan.base
+        rounded, self._rounded = self._rounded, False
+        return rounded
+
+    def base_marks(self) -> BaseMarks:
+        """What tells later whether the base has been changed: see `base_written` and `base_replaced`."""
+        return {name: _mark(self._parameters[name]) for name in self.plan.base}
+
+    def base_written(self, marks: BaseMarks) -> tuple[str, ...]:
+        """The frozen parameters that have been written to in place since ``marks``."""
+        return tuple(name for name, (version, _, _) in self.base_marks().items() if version != marks[name][0])
+
+    def base_replaced(self, marks: BaseMarks) -> bool:
+        """Whether frozen parameters lie elsewhere on the same device, as after a change of number format and back."""
+        return any(
+            place != marks[name][1] and device == marks[name][2]
+            for name, (_, place, device) in self.base_marks().items()
+        )
+
     def frozen_with_gradient(self) -> tuple[str, ...]:
         """Frozen parameters that a user's loop has made trainable and given a gradient; they are forgotten."""
         touched = tuple(name for name in self.plan.base if self._parameters[name].grad is not None)
         for name in touched:
             self._parameters[name].grad = None
         return touched
+
+
+def _mark(parameter: nn.Parameter) -> tuple[int, int, torch.device]:
+    # torch counts writes in place; moving a model to another device or dtype replaces the memory instead.
+    return parameter._version, parameter.data_ptr(), parameter.device
 
 
 def _note_gradient(parameter: nn.Parameter, key: str, seen: set[str]) -> Any:
@@ -207,8 +241,8 @@ def _follow_convolution(layer: FactorisedLayer, lora: Any, adapter: str) -> None
         a._reversed_padding_repeated_twice = base._reversed_padding_repeated_twice
 
 
-def _wire_copy(tensor: Tensor) -> Tensor:
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _wire_copy(tensor: Tensor, built_as: torch.dtype) -> Tensor:
+    dtype = torch.float64 if built_as == torch.float64 else torch.float32
     return tensor.detach().to("cpu", dtype, copy=True)
 
 

@@ -38,7 +38,7 @@ class AdapterPlan:
     Attributes:
         layers: the factorised layers, in the model's order.
         dense_leaves: parameters trained as they are (norms, biases, stem, head), in the model's order.
-        statistics: floating-point buffers, averaged and never stepped.
+        statistics: running means and variances of normalisation layers, averaged and never stepped.
         base: the frozen rest of the parameters, among them the factorised weights ``W``.
         scale: ``s = alpha / rank``.
         notes: what was left dense and why, for people.
@@ -92,6 +92,8 @@ def _obstacle(name: str, module: nn.Module, shared: dict[int, list[str]], inside
         return f"its class {type(module).__name__} changes what the layer computes or how it is built"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1:
         return f"it is a grouped convolution (groups={module.groups}), whose product cannot be folded"
+    if isinstance(module, nn.Embedding) and module.sparse:
+        return "its gradients are sparse, which its factors' are not"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "it renormalises its rows in place (max_norm)"
     if len(shared[id(weight)]) > 1:
@@ -236,6 +238,11 @@ def plan_adapter(
         notes += [f"{n.name}: stays dense, factors of rank {rank} would not halve its bytes" for n in unprofitable]
     else:
         chosen = unprofitable
+        notes += [
+            f"{layer.name}: factors of rank {rank} hold more numbers than the layer itself"
+            for layer in unprofitable
+            if rank * (layer.out_features + layer.in_features) > math.prod(layer.weight_shape)
+        ]
     if not chosen:
         why = "; ".join(notes) or "the model has no linear, convolutional or embedding layer"
         raise PlanError(f"no layer is left to factorise at rank {rank}: {why}. Lower the rank or name target-modules")
@@ -266,12 +273,20 @@ def _sort_rest(
 ) -> AdapterPlan:
     factorised = {layer.weight_key for layer in layers}
     wanted = _dense_filter(dense_leaves, [name for name, _ in model.named_parameters()])
+    statistics = tuple(_statistics(model))
+    saved = model.state_dict(keep_vars=True)
+    others = [n for n, b in model.named_buffers() if n in saved and b.is_floating_point() and n not in statistics]
+    if others:
+        notes += (
+            f"buffers left as they are built: {', '.join(others)} (only the running statistics of normalisation layers "
+            "are averaged)",
+        )
     dense: list[str] = []
     base: list[str] = []
     for name, parameter in model.named_parameters():
         trainable = parameter.requires_grad and name not in factorised and wanted(name)
         (dense if trainable else base).append(name)
-    return AdapterPlan(layers, tuple(dense), tuple(_statistics(model)), tuple(base), scale, notes)
+    return AdapterPlan(layers, tuple(dense), statistics, tuple(base), scale, notes)
 
 
 def _dense_filter(dense_leaves: str | Sequence[str], names: list[str]) -> Callable[[str], bool]:
@@ -281,6 +296,8 @@ def _dense_filter(dense_leaves: str | Sequence[str], names: list[str]) -> Callab
         return lambda name: False
     parts = dense_leaves.split(",") if isinstance(dense_leaves, str) else list(dense_leaves)
     prefixes = tuple(part.strip() for part in parts if part.strip())
+    if isinstance(dense_leaves, str) and not prefixes:
+        raise PlanError("dense-leaves is empty: use 'all', 'none' or names or prefixes")
 
     def matches(prefix: str, name: str) -> bool:
         return name == prefix or name.startswith(f"{prefix}.")
@@ -292,8 +309,15 @@ def _dense_filter(dense_leaves: str | Sequence[str], names: list[str]) -> Callab
 
 
 def _statistics(model: nn.Module) -> Iterable[str]:
-    saved = model.state_dict(keep_vars=True)
-    return [name for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()]
+    """Running statistics of batch and instance normalisation; other buffers (masks, tables) stay as they are built."""
+    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    prefixed = [(f"{name}." if name else "", m) for name, m in norms]
+    return [
+        f"{prefix}{local}"
+        for prefix, module in prefixed
+        for local in ("running_mean", "running_var")
+        if module._buffers.get(local) is not None
+    ]
 
 
 def has_fused_transformer(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from fedloru_flwr.runs.directory import (
     OutputError,
     RunDirectory,
     RunExistsError,
+    versions,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "closing_table",
     "draw_curves",
     "round_line",
+    "versions",
 ]

@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -145,6 +147,10 @@ class RunDirectory:
         """Write ``manifest.json``: resolved configuration, versions, seed, digests."""
         atomic.write_json(self.path / "manifest.json", manifest)
 
+    def update_manifest(self, more: Mapping[str, Any]) -> None:
+        """Add to ``manifest.json``, which is made if it is not there."""
+        self.write_manifest({**(self._read_object("manifest.json") or {}), **more})
+
     def read_manifest(self) -> dict[str, Any]:
         """Return the manifest.
 
@@ -274,6 +280,18 @@ class RunDirectory:
         if not isinstance(content, dict):
             raise OutputError(f"{path} should hold a JSON object, got {type(content).__name__}")
         return content
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that a run's result depends on; None for one that is not there."""
+    packages = ("fedloru-flwr", "flwr", "torch", "peft", "numpy", "ray", "safetensors", "flwr-datasets")
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:

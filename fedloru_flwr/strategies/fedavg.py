@@ -22,6 +22,8 @@ class FedAvg(FederatedStrategy):
         common: see `FederatedStrategy`.
     """
 
+    algorithm = "fedavg"
+
     def __init__(
         self,
         model: ModelSource,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypedDict
+from typing import Any, ClassVar, NoReturn, Protocol, TypedDict
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
@@ -22,9 +22,9 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
 from fedloru_flwr import wire
-from fedloru_flwr.lowrank import AccumulationSchedule, Entry, Ledger, weighted_mean
+from fedloru_flwr.lowrank import AccumulationSchedule, Entry, Ledger, digest_tensors, weighted_mean
 from fedloru_flwr.models.plan import AdapterPlan, TargetModules, as_names, build_seeded, plan_adapter
-from fedloru_flwr.runs import RunDirectory, round_line
+from fedloru_flwr.runs import RunDirectory, round_line, versions
 from fedloru_flwr.strategies.inner import InnerStrategy, plain_average
 from fedloru_flwr.strategies.judging import Expected, Rejected, judge, reject_odd_metrics
 from fedloru_flwr.strategies.roster import Roster, RosterError
@@ -151,6 +151,8 @@ class FederatedStrategy(Strategy):
         PlanError: if the model cannot be factorised as asked.
     """
 
+    algorithm: ClassVar[str]
+
     def __init__(
         self,
         model: ModelSource,
@@ -206,6 +208,11 @@ class FederatedStrategy(Strategy):
             "train_metrics_aggr_fn": train_metrics_aggr_fn,
             "evaluate_metrics_aggr_fn": evaluate_metrics_aggr_fn,
         }
+        if inner is not None and (train_metrics_aggr_fn or evaluate_metrics_aggr_fn):
+            raise ValueError(
+                "train_metrics_aggr_fn and evaluate_metrics_aggr_fn are the inner strategy's: give them to the inner "
+                "strategy itself"
+            )
         self.inner = InnerStrategy(plain_average(settings.weighted_by, **keywords) if inner is None else inner)
         if inner is not None and self.inner.weighted_by != settings.weighted_by:
             raise ValueError(
@@ -221,7 +228,7 @@ class FederatedStrategy(Strategy):
         self._at_least = {"train": min_train_nodes, "evaluate": min_evaluate_nodes}
         self._min_available = min_available_nodes
         self._enrol = enrol
-        self._run_dir = None if run_dir is None else Path(run_dir)
+        self._run_dir = Path(run_dir) if run_dir else None
         self._resume = resume
         self._run: RunDirectory | None = None
         self._bill = Bill()
@@ -232,6 +239,8 @@ class FederatedStrategy(Strategy):
         self._evaluation_off = False
         self._just_accumulated = False
         self._result = Result()
+        self._previous: dict[str, Any] | None = None
+        self._first_round = 0
         self.state = initial_state(self._model, self.plan, self.seed)
         self._root_base = self.state.base
         for note in self.plan.notes:
@@ -311,19 +320,42 @@ class FederatedStrategy(Strategy):
         self._load_initial(initial_arrays)
         self.summary()
         result = self._result = Result(arrays=self.initial_arrays())
+        if self.state.server_round > 0:
+            raise RuntimeError("this strategy has run already: build a new one, or continue its run with resume")
         self._open_run(result)
+        self._remember()
+        try:
+            self._rounds(grid, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+        except BaseException as error:
+            # Whatever happened in the middle of a round: what is left is the state after the last whole one.
+            self._recall()
+            if self.state.server_round > 0:
+                self._checkpoint()
+            self._close_run("failed" if isinstance(error, Exception) else "interrupted")
+            raise
+        self._close_run("finished")
+        return result
+
+    def _rounds(
+        self,
+        grid: Grid,
+        num_rounds: int,
+        timeout: float,
+        train_config: ConfigRecord | None,
+        evaluate_config: ConfigRecord | None,
+        evaluate_fn: EvaluateFunction | None,
+    ) -> None:
+        result = self._result
         started = time.monotonic()
+        if not any(self.schedule.due(t) for t in range(1, num_rounds + 1)) and self.schedule.accumulates:
+            log(WARNING, "no accumulation falls into the %d rounds of this run: it is FedLoRA", num_rounds)
         if self.state.server_round == 0 and evaluate_fn is not None:
-            self._record(result, {"round": 0}, evaluate_fn, num_rounds, started)
+            self._record({"round": 0}, evaluate_fn, num_rounds, started)
         self._roster.wait(grid, self.num_clients, self._min_available, timeout)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             begun = time.monotonic()
-            try:
-                self._meet(grid, timeout)
-                exchange, metrics = self._train(grid, server_round, train_config or ConfigRecord(), timeout)
-            except Exception:
-                self._save_failed()  # as it was after the last round
-                raise
+            self._meet(grid, timeout)
+            exchange, metrics = self._train(grid, server_round, train_config or ConfigRecord(), timeout)
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
             result.arrays = wire.to_record(self.state.trainables)
@@ -341,12 +373,11 @@ class FederatedStrategy(Strategy):
             }
             if num_evaluated:
                 row["clients_evaluated"] = num_evaluated
-            self._record(result, row, evaluate_fn, num_rounds, started, begun)
+            self._record(row, evaluate_fn, num_rounds, started, begun)
+            self._remember()
             self._stop_if_too_many_failed(server_round, exchange)
             if server_round % self.checkpoint_every == 0 or server_round == num_rounds or self._just_accumulated:
                 self._checkpoint()
-        self._close_run("finished")
-        return result
 
     # --- Flower's hooks, which only a foreign wrapper would call --------------------------------------------------
 
@@ -532,7 +563,6 @@ class FederatedStrategy(Strategy):
             log(WARNING, "round %d: client %s was left out: %s", server_round, client, reason)
         failed, asked = len(exchange.failures), len(exchange.drawn)
         if asked and failed / asked > self.max_failure_fraction:
-            self._save_failed()
             reasons = "; ".join(f"client {client}: {reason}" for client, reason in list(exchange.failures.items())[:3])
             raise AggregationError(
                 f"round {server_round}: {failed} of {asked} clients failed, more than max-failure-fraction = "
@@ -541,14 +571,16 @@ class FederatedStrategy(Strategy):
 
     # --- books -----------------------------------------------------------------------------------------------------
 
-    def _save_failed(self) -> None:
-        if self.state.server_round > 0:
-            self._checkpoint()
-        self._close_run("failed")
+    def _remember(self) -> None:
+        """Note the state after a whole round."""
+        self._whole = (self.state, dict(self._held), set(self._enrolled), self._evaluation_off)
+
+    def _recall(self) -> None:
+        """Go back to the state after the last whole round."""
+        self.state, self._held, self._enrolled, self._evaluation_off = self._whole
 
     def _record(
         self,
-        result: Result,
         row: dict[str, Any],
         evaluate_fn: EvaluateFunction | None,
         num_rounds: int,
@@ -559,7 +591,7 @@ class FederatedStrategy(Strategy):
         server_round = row["round"]
         central = evaluate_fn(server_round, wire.to_record(self.state.trainables)) if evaluate_fn else None
         if central is not None:
-            result.evaluate_metrics_serverapp[server_round] = central
+            self._result.evaluate_metrics_serverapp[server_round] = central
             for name in ("accuracy", "loss"):
                 row[name] = central.get(name, row.get(name))
             others = {name: value for name, value in central.items() if name not in ("accuracy", "loss")}
@@ -580,7 +612,10 @@ class FederatedStrategy(Strategy):
         if self.observer is not None:
             self.observer.end_round(row)
         else:
-            log(INFO, "%s", round_line(row, num_rounds, time.monotonic() - started))
+            elapsed = time.monotonic() - started
+            line = round_line(row, num_rounds, elapsed, previous=self._previous, first_round=self._first_round)
+            log(INFO, "%s", line)
+        self._previous = row
 
     def _accumulated_rank(self) -> int:
         """The largest rank an accumulated update can have: ``r`` an entry, at most the layer's."""
@@ -643,6 +678,10 @@ class FederatedStrategy(Strategy):
             self._restore(*found, result)
         else:
             self._run.truncate_rounds(-1)  # killed before its first checkpoint
+        digests = {"root": self.state.ledger.root}
+        self._run.update_manifest(
+            {"strategy": self._fingerprint(), "seed": self.seed, "versions": versions(), "digests": digests}
+        )
 
     def _restore(self, server_round: int, tensors: dict[str, Tensor], saved: dict[str, Any], result: Result) -> None:
         assert self._run is not None
@@ -678,6 +717,8 @@ class FederatedStrategy(Strategy):
         for name in _RESULTS:
             getattr(result, name).update({int(key): MetricRecord(value) for key, value in saved[name].items()})
         result.arrays = wire.to_record(self.state.trainables)
+        self._previous = next((row for row in self._run.read_rounds() if row["round"] == server_round), None)
+        self._first_round = server_round
         log(INFO, "continuing after round %d", server_round)
 
     def _full_bytes(self) -> tuple[int, int]:
@@ -695,10 +736,14 @@ class FederatedStrategy(Strategy):
         accuracies = [row["accuracy"] for row in rows if row["accuracy"] is not None]
         full_down, full_up = self._full_bytes()
         asked = sum(row["clients_ok"] + row["clients_failed"] + row.get("clients_evaluated", 0) for row in rows)
-        self._run.write_model(self.merged_state_dict())
+        merged = self.merged_state_dict()
+        self._run.write_model(merged)
+        ledger = self.state.ledger
+        digests = {"root": ledger.root, "lineage": ledger.lineage, "model": digest_tensors(merged)}
+        self._run.update_manifest({"digests": digests})
         self._run.write_summary(
             {
-                "algorithm": type(self).__name__.lower(),
+                "algorithm": self.algorithm,
                 "rounds": self.state.server_round,
                 "final_accuracy": rows[-1]["accuracy"] if rows else None,
                 "best_accuracy": max(accuracies, default=None),
@@ -718,13 +763,15 @@ class FederatedStrategy(Strategy):
         if self._run is None:
             return
         state = self.state
+        done = state.server_round
         tensors = {f"trainables/{name}": tensor for name, tensor in state.trainables.items()}
         tensors |= {f"statistics/{name}": tensor for name, tensor in state.statistics.items()}
         for index, entry in enumerate(state.ledger.entries):
             tensors |= {f"entries/{index}/{name}": tensor for name, tensor in entry.adapter.items()}
         links = [{"digest": e.digest, "previous": e.previous, "scale": e.scale} for e in state.ledger.entries]
         results = {
-            name: {str(key): dict(value) for key, value in getattr(self._result, name).items()} for name in _RESULTS
+            name: {str(key): dict(value) for key, value in getattr(self._result, name).items() if key <= done}
+            for name in _RESULTS
         }
         self._run.write_checkpoint(
             state.server_round,
@@ -822,11 +869,15 @@ class _Orders:
             return None
         if key not in self._made:
             ledger = state.ledger
-            common = {"root": ledger.root, "lineage": ledger.lineage, "settings": strategy.settings}
-            if kind == "base":
-                content = wire.supply_content("base", base=state.base, **common)  # type: ignore[arg-type]  # as above
-            else:
-                content = wire.supply_content("entries", entries=missing or (), **common)  # type: ignore[arg-type]
+            content = wire.supply_content(
+                "base" if kind == "base" else "entries",
+                root=ledger.root,
+                lineage=ledger.lineage,
+                settings=strategy.settings,
+                template=self._template,
+                entries=missing or (),
+                base=state.base,
+            )
             self._made[key] = (content, wire.content_bytes(content), 0)
         content, size, _ = self._made[key]
         return kind, content, size
@@ -866,7 +917,7 @@ def low_rank_settings(
         rank=rank,
         alpha=alpha,
         target_modules=as_names(target_modules),
-        dense_leaves=dense_leaves if isinstance(dense_leaves, str) else ",".join(dense_leaves),
+        dense_leaves=dense_leaves if isinstance(dense_leaves, str) else ",".join(dense_leaves) or "none",
         seed=seed,
         accumulate_into=accumulate_into,
         weighted_by=weighted_by,

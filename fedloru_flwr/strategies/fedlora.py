@@ -27,6 +27,8 @@ class FedLoRA(FederatedStrategy):
         common: see `FederatedStrategy`.
     """
 
+    algorithm = "fedlora"
+
     def __init__(
         self,
         model: ModelSource,

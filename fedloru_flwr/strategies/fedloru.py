@@ -26,7 +26,7 @@ class FedLoRU(FederatedStrategy):
         rank: ``r``, at least 1.
         alpha: LoRA's alpha; the scale is ``s = alpha / r``.
         accumulate_every: ``tau``, in rounds, at least 1.
-        accumulate_at: accumulate after exactly these rounds instead.
+        accumulate_at: accumulate after exactly these rounds instead: numbers, or a text such as ``"50,100"``.
         reinit: ``"reset"`` draws fresh factors with a product of zero, so that an accumulation does not change the
             function (exact); ``"keep"`` carries on with the old ones, whose product then counts twice (what the
             authors' published command does).
@@ -39,6 +39,8 @@ class FedLoRU(FederatedStrategy):
         common: see `FederatedStrategy`.
     """
 
+    algorithm = "fedloru"
+
     def __init__(
         self,
         model: ModelSource,
@@ -46,7 +48,7 @@ class FedLoRU(FederatedStrategy):
         rank: int = 4,
         alpha: float = 4.0,
         accumulate_every: int = 10,
-        accumulate_at: Sequence[int] | None = None,
+        accumulate_at: Sequence[int] | str | None = None,
         reinit: Reinit = "reset",
         accumulate_into: Literal["merge", "stack"] = "merge",
         target_modules: TargetModules = None,
@@ -57,7 +59,8 @@ class FedLoRU(FederatedStrategy):
     ) -> None:
         settings = low_rank_settings(rank, alpha, target_modules, dense_leaves, seed, accumulate_into, weighted_by_key)
         if accumulate_at:
-            schedule = AccumulationSchedule.listed(accumulate_at)
+            listed = accumulate_at.split(",") if isinstance(accumulate_at, str) else accumulate_at
+            schedule = AccumulationSchedule.listed(int(part) for part in listed)
         else:
             schedule = AccumulationSchedule.periodic(accumulate_every)
         super().__init__(model, plan=low_rank(settings), settings=settings, schedule=schedule, reinit=reinit, **common)

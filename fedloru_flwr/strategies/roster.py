@@ -56,6 +56,7 @@ class Roster:
         start = last_change = last_word = time.monotonic()
         count = -1
         patience = min(timeout, _SIMULATION_PATIENCE_SECONDS) if isinstance(grid, InMemoryGrid) else timeout
+        patience = 0.0 if getattr(grid, "complete", False) else patience
         while True:
             now = time.monotonic()
             online = len(set(grid.get_node_ids()))
@@ -71,7 +72,8 @@ class Roster:
                     return  # nodes come and go without pause
                 raise RosterError(
                     f"{count} of {wanted} SuperNodes are connected after {patience:.0f} s. Start the others, or set "
-                    "num-clients to the number of SuperNodes (a simulation: num-supernodes of the connection)"
+                    "num-clients to the number of SuperNodes (a simulation: num-supernodes of the connection; your own app: "
+                    "the strategy's num_clients or min_available_nodes)"
                 )
             if now - last_word > 10:
                 log(INFO, "waiting for SuperNodes: %d of %d connected", count, wanted)

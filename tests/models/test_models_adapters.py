@@ -172,29 +172,29 @@ def test_statistics_are_read_and_written_without_their_counter() -> None:
         adapted.write_statistics({"norm.running_mean": torch.zeros(8)})
 
 
-class Averaging(nn.Module):
-    """Keeps a running mean by assigning to its buffer, as many modules do."""
+class Averaging(nn.BatchNorm1d):
+    """Assigns to its buffer, as a module may."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(8))
+        super().__init__(8, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(batch, 8)`` to the same, centred."""
-        self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
-        return x - self.mean
+        """``(batch, 8)`` to the same."""
+        assert self.running_mean is not None
+        self.running_mean = 0.5 * (self.running_mean + x.mean(0).detach())
+        return x
 
 
 def test_statistics_are_the_modules_present_ones_after_assignment_and_after_a_move() -> None:
     net = nn.Sequential(Averaging(), nn.Linear(8, 8))
     adapted = AdaptedModel(net, plan_adapter(net, 2, 4.0))
     net(torch.ones(2, 8))
-    assert adapted.read_statistics()["0.mean"].tolist() == [0.5] * 8
+    assert adapted.read_statistics()["0.running_mean"].tolist() == [0.5] * 8
     net.double()  # replaces every buffer, as moving to a device does
     net(torch.ones(2, 8, dtype=torch.float64))
-    assert adapted.read_statistics()["0.mean"].tolist() == [0.75] * 8
-    adapted.write_statistics({"0.mean": torch.full((8,), 3.0)})
-    assert net[0].mean.tolist() == [3.0] * 8
+    assert adapted.read_statistics()["0.running_mean"].tolist() == [0.75] * 8
+    adapted.write_statistics({"0.running_mean": torch.full((8,), 3.0), "0.running_var": torch.ones(8)})
+    assert net[0].running_mean.tolist() == [3.0] * 8
 
 
 def test_trainables_and_base_are_the_modules_present_ones_after_a_move() -> None:

@@ -3,15 +3,15 @@
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
@@ -204,6 +204,8 @@ class Watch:
 class WatchedGrid(InProcessGrid):
     """Notes what passes; runs each message in a process memory of choice; hides nodes; gives replies in any order."""
 
+    complete = False  # its nodes come and go
+
     def __init__(self, app, count, *, node_configs=None, watch=None, actor=None, present=None, shuffle=None):
         super().__init__(app, count, {}, node_configs)
         self.watch = watch or Watch()
@@ -265,13 +267,9 @@ def task():
 def federate(strategy, grid, rounds, *, store=None, evaluate_fn=None, **arguments):
     """Run a strategy on a grid, with a store of its own, and return the result and the rows."""
     strategy.observer = strategy.observer or grid.watch
-    before = os.environ["FEDLORU_STORE"]
-    with tempfile.TemporaryDirectory() as temporary, task():
-        os.environ["FEDLORU_STORE"] = str(store or temporary)
-        try:
-            return strategy.start(grid, strategy.initial_arrays(), rounds, evaluate_fn=evaluate_fn, **arguments)
-        finally:
-            os.environ["FEDLORU_STORE"] = before
+    with tempfile.TemporaryDirectory() as temporary, task(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLORU_STORE", str(store or temporary))
+        return strategy.start(grid, strategy.initial_arrays(), rounds, evaluate_fn=evaluate_fn, **arguments)
 
 
 def own_machines(directory, count, **more):
@@ -298,18 +296,6 @@ def usual(**more):
     return {"num_clients": 4, "min_available_nodes": 1, "min_train_nodes": 1, "fraction_evaluate": 0.0, **more}
 
 
-def empty_reply(low_rank):
-    return Message(RecordDict(), reply_to=low_rank._message)
-
-
-def header_of(content):
-    config = next(iter(content.config_records.values()))
-    return json.loads(config[wire.HEADER])
-
-
 def set_header(content, **changes):
     config = next(iter(content.config_records.values()))
     config[wire.HEADER] = json.dumps({**json.loads(config[wire.HEADER]), **changes})
-
-
-__all__ = [name for name in dir() if not name.startswith("_")] + ["ConfigRecord", "Counter"]
