@@ -76,11 +76,13 @@ def run(
             resolved = dataclasses.replace(resolved, run_name=stamp)
         check(resolved)
         path = continued.path if continued is not None else Path(resolved.output_dir) / resolved.run_name
+        # What the clients hold lives as long as the run may be continued.
+        store = path / "store"
         try:
             if engine == "in-process":
-                _run_in_process(resolved)
+                _run_in_process(resolved, store)
             else:
-                _run_on_flower(resolved, num_actors, gpus_per_client, on_line)
+                _run_on_flower(resolved, store, num_actors, gpus_per_client, on_line)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"what the run saved is in {path}; continue: fedloru run --resume {path}") from None
         except Exception as error:
@@ -88,6 +90,7 @@ def run(
     summary = RunDirectory.open(path).read_summary()
     if summary is None:
         raise RunFailedError(f"the run ended without a summary; what it saved is in {path}")
+    shutil.rmtree(store, ignore_errors=True)
     return {**summary, "run_dir": str(path)}
 
 
@@ -103,16 +106,18 @@ def _resolve(config: RunConfig) -> RunConfig:
     return RunConfig.from_mapping(settings)
 
 
-def _run_in_process(config: RunConfig) -> None:
+def _run_in_process(config: RunConfig, store: Path) -> None:
     from fedloru_flwr.client_app import app as client_app
     from fedloru_flwr.engines.in_process import run_in_process
     from fedloru_flwr.server_app import app as server_app
 
-    run_in_process(server_app, client_app, num_supernodes=config.num_clients, run_config=config.as_mapping())
+    run_in_process(
+        server_app, client_app, num_supernodes=config.num_clients, run_config=config.as_mapping(), store_dir=store
+    )
 
 
 def _run_on_flower(
-    config: RunConfig, num_actors: int | None, gpus_per_client: float, on_line: Callable[[str], None]
+    config: RunConfig, store: Path, num_actors: int | None, gpus_per_client: float, on_line: Callable[[str], None]
 ) -> None:
     from fedloru_flwr.engines.app_dir import flower_app
     from fedloru_flwr.engines.flower import run_on_flower
@@ -124,7 +129,7 @@ def _run_on_flower(
             num_supernodes=config.num_clients,
             client_num_gpus=gpus_per_client,
             ray_num_cpus=num_actors,
-            environment={"MPLCONFIGDIR": os.environ["MPLCONFIGDIR"]},
+            environment={"MPLCONFIGDIR": os.environ["MPLCONFIGDIR"], "FEDLORU_STORE": str(store)},
             on_line=on_line,
         )
     if not outcome.completed:

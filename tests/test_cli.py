@@ -173,7 +173,7 @@ def test_a_run_whose_clients_all_fail_stops_with_status_1_and_its_state_saved(tm
 
 
 def test_an_interrupted_run_is_continued_to_the_same_end(tmp_path):
-    settings = f"{SMALL} num-server-rounds=4 checkpoint-every=1 accumulate-every=2"
+    settings = f"{SMALL} num-server-rounds=8 checkpoint-every=3 accumulate-every=1"
     whole = fedloru("run", "--engine", "in-process", "-c", f"{settings} run-name=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     script = (
@@ -181,7 +181,7 @@ def test_an_interrupted_run_is_continued_to_the_same_end(tmp_path):
         "end_round = console.RoundProgress.end_round\n"
         "def dying(self, row):\n"
         "    end_round(self, row)\n"
-        "    if row['round'] == 3: os.kill(os.getpid(), 9)\n"
+        "    if row['round'] == 6: os.kill(os.getpid(), 9)\n"
         "console.RoundProgress.end_round = dying\n"
         f"import sys; sys.argv = ['fedloru', 'run', '--engine', 'in-process', '-c', {settings + ' run-name=cut'!r}]\n"
         "cli.main()\n"
@@ -192,7 +192,7 @@ def test_an_interrupted_run_is_continued_to_the_same_end(tmp_path):
         "run", "--engine", "in-process", "--resume", "runs/cut", "-c", f"{settings} run-name=cut", cwd=tmp_path
     )
     assert continued.returncode == 0, continued.stderr
-    assert "continuing after round 2" in continued.stdout
+    assert "continuing after round 5" in continued.stdout
 
     def rows(name):
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
@@ -216,3 +216,83 @@ def test_the_python_function_does_what_the_command_does(tmp_path, monkeypatch):
     manifest = json.loads((tmp_path / "runs" / "by-hand" / "manifest.json").read_text())
     assert manifest["config"]["num-clients"] == 4
     assert RunConfig.from_mapping(manifest["config"]).algorithm == "fedavg"
+
+
+def test_a_continued_run_keeps_its_settings_and_other_ones_are_refused(tmp_path, monkeypatch):
+    import fedloru_flwr
+    from fedloru_flwr.config import ConfigError
+
+    monkeypatch.chdir(tmp_path)
+    begun = {"num-clients": 4, "num-server-rounds": 2, "local-epochs": 1, "learning-rate": 0.05, "run-name": "a"}
+    fedloru_flwr.run(config=begun, engine="in-process")
+    manifest = (tmp_path / "runs/a/manifest.json").read_text()
+    with pytest.raises(ConfigError, match=r"learning-rate was 0\.05, is 0\.5; .*partitioner was 'iid', is 'shards'"):
+        fedloru_flwr.run(config={"learning-rate": 0.5, "partitioner": "shards"}, engine="in-process", resume="runs/a")
+    changed = {"learning-rate-schedule": "cosine", "num-server-rounds": 3}
+    with pytest.raises(ConfigError, match=r"num-server-rounds was 2, is 3"):
+        fedloru_flwr.run(config=changed, engine="in-process", resume="runs/a")
+    assert (tmp_path / "runs/a/manifest.json").read_text() == manifest
+    more = fedloru_flwr.run(config={"num-server-rounds": 3}, engine="in-process", resume="runs/a")
+    assert more["rounds"] == 3
+    whole = fedloru_flwr.run(config={**begun, "num-server-rounds": 3, "run-name": "b"}, engine="in-process")
+    assert whole["final_accuracy"] == more["final_accuracy"]
+    continued = json.loads((tmp_path / "runs/a/manifest.json").read_text())
+    assert continued["config"]["learning-rate"] == 0.05
+    assert continued["config"]["num-server-rounds"] == 3
+    assert set(continued["digests"]) == {"root", "lineage", "model"}
+
+
+def test_resume_auto_continues_the_newest_run_unless_it_has_finished(tmp_path, monkeypatch):
+    import fedloru_flwr
+
+    monkeypatch.chdir(tmp_path)
+    settings = {"num-clients": 4, "num-server-rounds": 1, "local-epochs": 1}
+    first = fedloru_flwr.run(config=settings, engine="in-process", resume="auto")
+    second = fedloru_flwr.run(config=settings, engine="in-process", resume="auto")
+    assert first["run_dir"] != second["run_dir"]
+    assert first["status"] == second["status"] == "finished"
+    assert len({row["run_dir"] for row in (first, second)}) == 2
+
+
+def test_an_evaluation_that_fails_leaves_the_state_of_the_last_whole_round(tmp_path, monkeypatch):
+    import fedloru_flwr
+    from fedloru_flwr import job
+
+    monkeypatch.chdir(tmp_path)
+    settings = {"num-clients": 4, "num-server-rounds": 4, "local-epochs": 1, "accumulate-every": 2}
+    whole = fedloru_flwr.run(config={**settings, "run-name": "whole"}, engine="in-process")
+    real, calls = job.evaluate, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise ValueError("out of chalk")
+        return real(*arguments)
+
+    monkeypatch.setattr(job, "evaluate", failing)
+    with pytest.raises(fedloru_flwr.RunFailedError, match=r"out of chalk"):
+        fedloru_flwr.run(config={**settings, "run-name": "cut"}, engine="in-process")
+    cut = tmp_path / "runs" / "cut"
+    assert json.loads((cut / "summary.json").read_text())["status"] == "failed"
+    assert json.loads((cut / "summary.json").read_text())["rounds"] == 2
+    monkeypatch.setattr(job, "evaluate", real)
+    fedloru_flwr.run(engine="in-process", resume="runs/cut")
+
+    def rows(path):
+        return [{**json.loads(line), "seconds": 0} for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+    assert rows(cut) == rows(Path(whole["run_dir"]))
+    assert (cut / "model.safetensors").read_bytes() == (tmp_path / "runs/whole/model.safetensors").read_bytes()
+
+
+def test_runs_started_together_get_directories_of_their_own(tmp_path):
+    running = [
+        subprocess.Popen(
+            [COMMAND, "run", "--engine", "in-process", "-c", f"{SMALL} num-server-rounds=1 seed={seed}"],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+        )
+        for seed in range(3)
+    ]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 4  # and latest

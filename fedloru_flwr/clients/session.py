@@ -299,8 +299,8 @@ class LowRankSession:
         """Answer the message: the Trainables after training (or nothing but metrics after evaluation).
 
         Args:
-            metrics: numbers by name, ``num-examples`` (the weight of this client) among them. NumPy and torch
-                scalars and booleans are accepted.
+            metrics: numbers or lists of numbers by name, ``num-examples`` (the weight of this client) among them.
+                NumPy and torch scalars and booleans are accepted.
 
         Raises:
             ValueError: if ``num-examples`` is missing or not a positive number, a metric is not a number, or the loop
@@ -308,7 +308,7 @@ class LowRankSession:
         """
         _restore_generators()
         weighted_by = self._order.settings.weighted_by
-        record = MetricRecord({name: _number(name, value) for name, value in metrics.items()})
+        record = MetricRecord({name: _metric(name, value) for name, value in metrics.items()})
         weight = record.get(weighted_by)
         if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ValueError(
@@ -357,6 +357,14 @@ def _restore_generators() -> None:
     if _outer_generators is not None:
         restore_generators(_outer_generators)
         _outer_generators = None
+
+
+def _metric(name: str, value: object) -> int | float | list[int] | list[float]:
+    if not isinstance(value, list | tuple):
+        return _number(name, value)
+    numbers_of = [_number(name, one) for one in value]
+    whole = [number for number in numbers_of if isinstance(number, int)]
+    return whole if len(whole) == len(numbers_of) else [float(number) for number in numbers_of]
 
 
 def _number(name: str, value: object) -> int | float:

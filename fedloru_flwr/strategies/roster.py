@@ -72,8 +72,8 @@ class Roster:
                     return  # nodes come and go without pause
                 raise RosterError(
                     f"{count} of {wanted} SuperNodes are connected after {patience:.0f} s. Start the others, or set "
-                    "num-clients to the number of SuperNodes (a simulation: num-supernodes of the connection; your own app: "
-                    "the strategy's num_clients or min_available_nodes)"
+                    "num-clients to the number of SuperNodes (in a simulation num-supernodes of the connection, in "
+                    "your own app num_clients or min_available_nodes of the strategy)"
                 )
             if now - last_word > 10:
                 log(INFO, "waiting for SuperNodes: %d of %d connected", count, wanted)

@@ -518,3 +518,69 @@ def test_a_loop_that_trains_the_frozen_base_is_told_and_the_base_is_as_it_was(st
         low_rank.reply({"num-examples": 1})
     again = begin(server.order(), store)
     assert torch.equal(again.model(X).detach(), expected)
+
+
+def test_a_base_that_a_failing_loop_has_written_to_does_not_reach_the_next_client(store):
+    server = Server()
+    expected = begin(server.order(), store, client="1").model(X).detach()
+    low_rank = begin(server.order(), store)
+    low_rank.model.requires_grad_(True)
+    user_loop(low_rank)
+    low_rank.model.zero_grad()  # nothing is left of the gradients, and the loop raises before its reply
+    innocent = begin(server.order(), store, client="1")
+    assert torch.equal(innocent.model(X).detach(), expected)
+    innocent.reply({"num-examples": 1})
+
+    low_rank = begin(server.order(), store)
+    low_rank.model.requires_grad_(True)
+    user_loop(low_rank)
+    low_rank.model.zero_grad()
+    with pytest.raises(ValueError, match="frozen in this run"):
+        low_rank.reply({"num-examples": 1})
+
+
+def test_a_model_rounded_by_a_users_loop_is_whole_again_for_the_next_client(store):
+    server = Server()
+    expected = begin(server.order(), store, client="1").model(X).detach()
+    low_rank = begin(server.order(), store)
+    low_rank.model.bfloat16()
+    low_rank.model.float()
+    low_rank.reply({"num-examples": 1})
+    assert torch.equal(begin(server.order(), store, client="1").model(X).detach(), expected)
+    low_rank = begin(server.order(), store)
+    low_rank.model.double()
+    assert all(t.dtype == torch.float32 for t in tensors_of(low_rank.reply({"num-examples": 1})).values())
+    assert torch.equal(begin(server.order(), store, client="1").model(X).detach(), expected)
+
+
+def test_an_instance_can_be_saved_and_copied_by_the_user(store, tmp_path):
+    import copy
+
+    net = Net()
+    server = Server(net)
+    user_loop(begin(server.order(), store, source=net))
+    torch.save(net, tmp_path / "net.pt")
+    copied = copy.deepcopy(net)
+    assert torch.equal(copied.eval()(X), net.eval()(X))
+    with pytest.raises(ValueError, match="pass a factory"):
+        begin(server.order(), store, source=copied)
+
+
+def test_a_supply_has_the_users_own_settings_too(store):
+    server = Server()
+    message = server.order(lr=0.25)
+    template = RecordDict({"arrays": ArrayRecord(), "mine": ConfigRecord({"lr": 0.25})})
+    content = wire.supply_content(
+        "entries",
+        root=server.state.ledger.root,
+        lineage=server.lineage,
+        settings=server.strategy.settings,
+        template=template,
+    )
+    assert content["mine"]["lr"] == message.content["config"]["lr"] == 0.25
+    assert wire.read_order(Message(content, 7, "train")).kind == "entries"
+
+
+def test_lists_of_numbers_are_metrics_too(store):
+    reply = begin(Server().order(), store).reply({"num-examples": 2, "recall": [np.float32(0.5), 1], "hits": (1, 2)})
+    assert dict(reply.content["metrics"]) == {"num-examples": 2, "recall": [0.5, 1.0], "hits": [1, 2]}

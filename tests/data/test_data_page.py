@@ -19,6 +19,6 @@ def test_every_snippet_of_the_page_runs(snippet: str, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("key", re.findall(r"`([a-z]+(?:-[a-z]+)+)`", PAGE.read_text(encoding="utf-8")))
 def test_every_key_of_the_page_is_a_setting(key: str) -> None:
-    from fedloru_flwr.data import DataConfig
+    from fedloru_flwr.config import RunConfig
 
-    assert hasattr(DataConfig(), key.replace("-", "_"))
+    assert key in RunConfig().as_mapping()
