@@ -256,7 +256,7 @@ def test_numbers_of_any_library_are_metrics(store, value, expected):
     assert type(metrics["m"]) in (int, float)
 
 
-@pytest.mark.parametrize("value", ["high", None, [1, 2], torch.ones(2), np.ones(3), 1j, {"a": 1}])
+@pytest.mark.parametrize("value", ["high", None, ["a"], torch.ones(2), np.ones(3), 1j, {"a": 1}])
 def test_what_is_no_number_is_refused_by_name(store, value):
     low_rank = begin(Server().order(), store)
     with pytest.raises(ValueError, match="metric 'm' must be a number, got"):
