@@ -36,6 +36,7 @@ SERVER_ROUND = "server-round"
 NUM_EXAMPLES = "num-examples"
 
 OrderKind = Literal["work", "entries", "base"]
+SupplyKind = Literal["entries", "base"]
 AnswerKind = Literal["need-base", "stored"]
 
 
@@ -259,7 +260,7 @@ def order_content(
 
 
 def supply_content(
-    kind: Literal["entries", "base"],
+    kind: SupplyKind,
     *,
     root: str,
     lineage: str,

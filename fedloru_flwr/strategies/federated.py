@@ -7,7 +7,6 @@ returns as the truth, accumulate if due, evaluate, save.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from logging import INFO, WARNING
@@ -22,25 +21,26 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
 from fedloru_flwr import wire
-from fedloru_flwr.lowrank import AccumulationSchedule, Entry, Ledger, digest_tensors, weighted_mean
+from fedloru_flwr.lowrank import AccumulationSchedule, digest_tensors, weighted_mean
 from fedloru_flwr.models.plan import AdapterPlan, TargetModules, as_names, build_seeded, plan_adapter
 from fedloru_flwr.runs import RunDirectory, round_line, versions
 from fedloru_flwr.strategies.inner import InnerStrategy, plain_average
 from fedloru_flwr.strategies.judging import Expected, Rejected, judge, reject_odd_metrics
+from fedloru_flwr.strategies.orders import Bill, Orders
 from fedloru_flwr.strategies.roster import Roster, RosterError
 from fedloru_flwr.strategies.state import (
     Reinit,
     ServerState,
-    fold_all,
     initial_state,
     merged_state_dict,
+    state_from_checkpoint,
+    state_to_checkpoint,
     step,
 )
 
 ModelSource = Callable[[], nn.Module] | nn.Module
 EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
 _RESULTS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
-PURPOSES = ("trainables", "entries", "base", "repeats", "evaluation", "enrolment")
 
 
 class ResumeError(ValueError):
@@ -77,33 +77,6 @@ class CommonOptions(TypedDict, total=False):
     configrecord_key: str
     train_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None
     evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None
-
-
-class Bill:
-    """Bytes by direction and purpose, as if every client were a machine of its own."""
-
-    def __init__(self) -> None:
-        self._bytes: Counter[tuple[str, str]] = Counter()
-
-    def add(self, direction: str, purpose: str, count: int) -> None:
-        """Count bytes sent ``"up"`` or ``"down"``."""
-        self._bytes[direction, purpose] += count
-
-    def message(self, direction: str, purpose: str, message: Message) -> None:
-        """Count a message's content."""
-        self.add(direction, purpose, wire.content_bytes(message.content))
-
-    def total(self, direction: str) -> int:
-        """All bytes of a direction."""
-        return sum(count for (way, _), count in self._bytes.items() if way == direction)
-
-    def by_purpose(self) -> dict[str, dict[str, int]]:
-        """``{purpose: {"up": bytes, "down": bytes}}`` for every purpose that occurred."""
-        return {
-            purpose: {way: self._bytes[way, purpose] for way in ("up", "down")}
-            for purpose in PURPOSES
-            if self._bytes["up", purpose] or self._bytes["down", purpose]
-        }
 
 
 class _Exchange:
@@ -488,16 +461,8 @@ class FederatedStrategy(Strategy):
         if phase == "train" and self.observer is not None:
             self.observer.start_round(server_round, len(drawn))
         deadline = time.monotonic() + timeout
-        purpose = "trainables" if phase == "train" else "evaluation"
-        orders = _Orders(self, template, phase, purpose)
-        replies = orders.send(grid, node_of, deadline)
-        # Clients that cannot reach the base say so at once and are served in the same round.
-        wanting = {client: found for client, reply in replies.items() if (found := wire.find_answer(reply))}
-        if wanting:
-            for client, answer in wanting.items():
-                self._held[client] = answer.held
-            again = {client: node_of[client] for client in wanting}
-            replies |= orders.send(grid, again, deadline, repeat=True)
+        orders = Orders(template, phase, self.state, self.settings, self._held, self._bill)
+        replies = orders.deliver(grid, node_of, deadline)
         expected = Expected(
             self.state.ledger.lineage,
             self.state.trainables if phase == "train" else None,
@@ -552,11 +517,6 @@ class FederatedStrategy(Strategy):
         weight = reply.metrics[self.settings.weighted_by]
         assert isinstance(weight, int | float)
         return float(weight)
-
-    def _missing(self, client: str) -> tuple[Entry, ...] | None:
-        """The entries a client lacks; None if it needs a base."""
-        held = self._held.get(client, self.state.ledger.root)
-        return self.state.ledger.missing(held) if held else None
 
     def _stop_if_too_many_failed(self, server_round: int, exchange: _Exchange) -> None:
         for client, reason in exchange.failures.items():
@@ -697,19 +657,7 @@ class FederatedStrategy(Strategy):
             raise ResumeError(f"resume: settings that change the result differ from the run's: {told}")
         if saved["root"] != self.state.ledger.root:
             raise ResumeError("resume: the model's initial weights are not those the run was started with")
-        entries = tuple(
-            Entry(link["digest"], link["previous"], link["scale"], _part(tensors, f"entries/{index}/"))
-            for index, link in enumerate(saved["entries"])
-        )
-        for entry in entries:
-            entry.verify()
-        self.state = ServerState(
-            server_round,
-            _part(tensors, "trainables/"),
-            _part(tensors, "statistics/"),
-            fold_all(self._root_base, entries, self.plan),
-            Ledger(saved["root"], entries),
-        )
+        self.state = state_from_checkpoint(server_round, tensors, saved, self._root_base, self.plan)
         self._held = dict(saved["held"])
         self._enrolled = set(saved["enrolled"])
         self._evaluation_off = saved["evaluation_off"]
@@ -764,11 +712,7 @@ class FederatedStrategy(Strategy):
             return
         state = self.state
         done = state.server_round
-        tensors = {f"trainables/{name}": tensor for name, tensor in state.trainables.items()}
-        tensors |= {f"statistics/{name}": tensor for name, tensor in state.statistics.items()}
-        for index, entry in enumerate(state.ledger.entries):
-            tensors |= {f"entries/{index}/{name}": tensor for name, tensor in entry.adapter.items()}
-        links = [{"digest": e.digest, "previous": e.previous, "scale": e.scale} for e in state.ledger.entries]
+        tensors, ledger = state_to_checkpoint(state)
         results = {
             name: {str(key): dict(value) for key, value in getattr(self._result, name).items() if key <= done}
             for name in _RESULTS
@@ -778,128 +722,13 @@ class FederatedStrategy(Strategy):
             tensors,
             {
                 "settings": self._fingerprint(),
-                "root": state.ledger.root,
-                "entries": links,
+                **ledger,
                 "held": self._held,
                 "enrolled": sorted(self._enrolled),
                 "evaluation_off": self._evaluation_off,
                 **results,
             },
         )
-
-
-class _Orders:
-    """Addresses and completes the inner strategy's content to each client's needs, and sends it."""
-
-    def __init__(self, strategy: FederatedStrategy, template: RecordDict, phase: str, purpose: str) -> None:
-        self._strategy = strategy
-        self._template = template
-        self._phase = phase
-        self._purpose = purpose
-        self._made: dict[str, tuple[RecordDict, int, int]] = {}
-
-    def send(
-        self, grid: Grid, node_of: Mapping[str, int], deadline: float, *, repeat: bool = False
-    ) -> dict[str, Message]:
-        """Send everybody what it lacks, then the order; return the last reply of each client that gave one."""
-        supplies = {client: supply for client in node_of if (supply := self._supply(client)) is not None}
-        replies: dict[str, Message] = {}
-        ready = dict(node_of)
-        if supplies:
-            replies = self._send_all(
-                grid,
-                {client: (content, purpose, size) for client, (purpose, content, size) in supplies.items()},
-                node_of,
-                deadline,
-            )
-            for client in supplies:
-                answer = wire.find_answer(replies[client]) if client in replies else None
-                if answer is not None and answer.kind == "stored":
-                    self._strategy._held[client] = self._strategy.state.ledger.lineage
-                    del replies[client]
-                else:
-                    ready.pop(client)
-        purpose = "repeats" if repeat else self._purpose
-        contents = {}
-        for client in ready:
-            content, size, entries_size = self._order(client)
-            self._strategy._bill.add("down", "entries", entries_size)
-            contents[client] = (content, purpose, size - entries_size)
-        return replies | self._send_all(grid, contents, node_of, deadline)
-
-    def _send_all(
-        self,
-        grid: Grid,
-        contents: Mapping[str, tuple[RecordDict, str, int]],
-        node_of: Mapping[str, int],
-        deadline: float,
-    ) -> dict[str, Message]:
-        bill = self._strategy._bill
-        messages = []
-        purposes: dict[int, tuple[str, str]] = {}
-        for client, (content, purpose, size) in contents.items():
-            bill.add("down", purpose, size)
-            messages.append(Message(content, node_of[client], self._phase))
-            purposes[node_of[client]] = (client, purpose)
-        if not messages:
-            return {}
-        replies = {}
-        for reply in grid.send_and_receive(messages, timeout=max(0.0, deadline - time.monotonic())):
-            client, purpose = purposes[reply.metadata.src_node_id]
-            if reply.has_content():
-                bill.message("up", self._purpose if purpose == "repeats" else purpose, reply)
-            replies[client] = reply
-        return replies
-
-    def _supply(self, client: str) -> tuple[str, RecordDict, int] | None:
-        """What has to go ahead of the order as a message of its own: a base, or entries too large to ride along."""
-        strategy = self._strategy
-        state = strategy.state
-        missing = strategy._missing(client)
-        if missing == ():
-            return None
-        base_size = sum(tensor.nbytes for tensor in state.base.values())
-        entries_size = sum(t.nbytes for entry in missing or () for t in entry.adapter.values())
-        key = f"supply {strategy._held.get(client)}"
-        if missing is None or base_size < entries_size:
-            kind, key = "base", "supply base"
-        elif entries_size > wire.INLINE_LIMIT:
-            kind = "entries"
-        else:
-            return None
-        if key not in self._made:
-            ledger = state.ledger
-            content = wire.supply_content(
-                "base" if kind == "base" else "entries",
-                root=ledger.root,
-                lineage=ledger.lineage,
-                settings=strategy.settings,
-                template=self._template,
-                entries=missing or (),
-                base=state.base,
-            )
-            self._made[key] = (content, wire.content_bytes(content), 0)
-        content, size, _ = self._made[key]
-        return kind, content, size
-
-    def _order(self, client: str) -> tuple[RecordDict, int, int]:
-        """The order for this client, its size, and how much of that the entries are."""
-        strategy = self._strategy
-        missing = strategy._missing(client) or ()
-        key = f"order {len(missing)}"
-        if key not in self._made:
-            entries = wire.entries_to_bytes(missing) if missing else b""
-            ledger = strategy.state.ledger
-            content = wire.order_content(
-                self._template,
-                root=ledger.root,
-                lineage=ledger.lineage,
-                settings=strategy.settings,
-                entries=entries,
-                statistics=strategy.state.statistics,
-            )
-            self._made[key] = (content, wire.content_bytes(content), len(entries))
-        return self._made[key]
 
 
 def low_rank_settings(
@@ -929,10 +758,6 @@ def low_rank(settings: wire.Settings) -> Callable[[nn.Module], AdapterPlan]:
     return lambda module: plan_adapter(
         module, settings.rank, settings.alpha, settings.target_modules, settings.dense_leaves
     )
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _metric(metrics: MetricRecord | None, *names: str) -> object:

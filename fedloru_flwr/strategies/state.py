@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +88,47 @@ def step(
 
 
 def fold_all(base: Mapping[str, Tensor], entries: tuple[Entry, ...], plan: AdapterPlan) -> dict[str, Tensor]:
-    """``W_0 + s sum_i B_i A_i``, folded one after the other as everybody does."""
+    """``W_0 + s sum_i B_i A_i``, folded one after the other as everybody does, hence the same bits."""
     folded = dict(base)
     for entry in entries:
         folded = fold(folded, entry.adapter, plan.layers, entry.scale)
     return folded
+
+
+def state_to_checkpoint(state: ServerState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A state as named tensors and what JSON can hold; not the base, which is ``W_0`` with the entries folded in."""
+    tensors = {f"trainables/{name}": tensor for name, tensor in state.trainables.items()}
+    tensors |= {f"statistics/{name}": tensor for name, tensor in state.statistics.items()}
+    for index, entry in enumerate(state.ledger.entries):
+        tensors |= {f"entries/{index}/{name}": tensor for name, tensor in entry.adapter.items()}
+    links = [{"digest": e.digest, "previous": e.previous, "scale": e.scale} for e in state.ledger.entries]
+    return tensors, {"root": state.ledger.root, "entries": links}
+
+
+def state_from_checkpoint(
+    server_round: int,
+    tensors: Mapping[str, Tensor],
+    saved: Mapping[str, Any],
+    root_base: Mapping[str, Tensor],
+    plan: AdapterPlan,
+) -> ServerState:
+    """What `state_to_checkpoint` gave, with the entries folded into ``root_base``.
+
+    Raises:
+        ValueError: if an entry does not match its digest.
+    """
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    entries = tuple(
+        Entry(link["digest"], link["previous"], link["scale"], part(f"entries/{index}/"))
+        for index, link in enumerate(saved["entries"])
+    )
+    for entry in entries:
+        entry.verify()
+    base = fold_all(root_base, entries, plan)
+    return ServerState(server_round, part("trainables/"), part("statistics/"), base, Ledger(saved["root"], entries))
 
 
 def merged_state_dict(state: ServerState, model: nn.Module, plan: AdapterPlan) -> dict[str, Tensor]:

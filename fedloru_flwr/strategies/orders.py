@@ -1,0 +1,185 @@
+"""Orders brought to clients, each with what that client lacks, and the bill for it."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedloru_flwr import wire
+from fedloru_flwr.lowrank import Entry
+from fedloru_flwr.strategies.state import ServerState
+
+PURPOSES = ("trainables", "entries", "base", "repeats", "evaluation", "enrolment")
+
+
+class Bill:
+    """Bytes by direction and purpose, as if every client were a machine of its own."""
+
+    def __init__(self) -> None:
+        self._bytes: Counter[tuple[str, str]] = Counter()
+
+    def add(self, direction: str, purpose: str, count: int) -> None:
+        """Count bytes sent ``"up"`` or ``"down"``."""
+        self._bytes[direction, purpose] += count
+
+    def message(self, direction: str, purpose: str, message: Message) -> None:
+        """Count a message's content."""
+        self.add(direction, purpose, wire.content_bytes(message.content))
+
+    def total(self, direction: str) -> int:
+        """All bytes of a direction."""
+        return sum(count for (way, _), count in self._bytes.items() if way == direction)
+
+    def by_purpose(self) -> dict[str, dict[str, int]]:
+        """``{purpose: {"up": bytes, "down": bytes}}`` for every purpose that occurred."""
+        return {
+            purpose: {way: self._bytes[way, purpose] for way in ("up", "down")}
+            for purpose in PURPOSES
+            if self._bytes["up", purpose] or self._bytes["down", purpose]
+        }
+
+
+class Orders:
+    """One phase's orders: completes the inner strategy's content to each client's needs, and sends it.
+
+    Args:
+        template: the content that the inner strategy would send to all.
+        phase: ``"train"`` or ``"evaluate"``.
+        state: what the clients are to be brought to.
+        settings: what they need to make the same plan.
+        held: the lineage that each client is believed to hold (the root's where it is not there; empty for none);
+            brought up to date as clients answer.
+        bill: what is sent and received goes on it.
+    """
+
+    def __init__(
+        self,
+        template: RecordDict,
+        phase: str,
+        state: ServerState,
+        settings: wire.Settings,
+        held: dict[str, str],
+        bill: Bill,
+    ) -> None:
+        self._template = template
+        self._phase = phase
+        self._purpose = "trainables" if phase == "train" else "evaluation"
+        self._state = state
+        self._settings = settings
+        self._held = held
+        self._bill = bill
+        self._made: dict[str, tuple[RecordDict, int, int]] = {}
+
+    def deliver(self, grid: Grid, node_of: Mapping[str, int], deadline: float) -> dict[str, Message]:
+        """Send the orders, serve the clients that lack the base, and return each one's last reply, if it gave one.
+
+        A client that cannot reach the lineage says at once what it holds; it is sent what it needs and asked again.
+        """
+        replies = self._send(grid, node_of, deadline)
+        wanting = {client: found for client, reply in replies.items() if (found := wire.find_answer(reply))}
+        for client, answer in wanting.items():
+            self._held[client] = answer.held
+        if wanting:
+            replies |= self._send(grid, {client: node_of[client] for client in wanting}, deadline, repeat=True)
+        return replies
+
+    def _send(
+        self, grid: Grid, node_of: Mapping[str, int], deadline: float, *, repeat: bool = False
+    ) -> dict[str, Message]:
+        """Send everybody what it lacks, then the order."""
+        supplies = {client: supply for client in node_of if (supply := self._supply(client)) is not None}
+        replies = self._send_all(grid, supplies, node_of, deadline)
+        ready = dict(node_of)
+        for client in supplies:
+            answer = wire.find_answer(replies[client]) if client in replies else None
+            if answer is not None and answer.kind == "stored":
+                self._held[client] = self._state.ledger.lineage
+                del replies[client]
+            else:
+                ready.pop(client)
+        purpose = "repeats" if repeat else self._purpose
+        contents = {}
+        for client in ready:
+            content, size, entries_size = self._order(client)
+            self._bill.add("down", "entries", entries_size)
+            contents[client] = (content, purpose, size - entries_size)
+        return replies | self._send_all(grid, contents, node_of, deadline)
+
+    def _send_all(
+        self,
+        grid: Grid,
+        contents: Mapping[str, tuple[RecordDict, str, int]],
+        node_of: Mapping[str, int],
+        deadline: float,
+    ) -> dict[str, Message]:
+        """Send contents, each with its purpose and size, and put them and the replies on the bill."""
+        if not contents:
+            return {}
+        messages = []
+        purposes: dict[int, tuple[str, str]] = {}
+        for client, (content, purpose, size) in contents.items():
+            self._bill.add("down", purpose, size)
+            messages.append(Message(content, node_of[client], self._phase))
+            purposes[node_of[client]] = (client, purpose)
+        replies = {}
+        for reply in grid.send_and_receive(messages, timeout=max(0.0, deadline - time.monotonic())):
+            client, purpose = purposes[reply.metadata.src_node_id]
+            if reply.has_content():
+                self._bill.message("up", self._purpose if purpose == "repeats" else purpose, reply)
+            replies[client] = reply
+        return replies
+
+    def _missing(self, client: str) -> tuple[Entry, ...] | None:
+        """The entries a client lacks; None if it needs a base."""
+        ledger = self._state.ledger
+        held = self._held.get(client, ledger.root)
+        return ledger.missing(held) if held else None
+
+    def _supply(self, client: str) -> tuple[RecordDict, str, int] | None:
+        """What has to go ahead of the order: a base, or entries too large to ride along; with purpose and size."""
+        missing = self._missing(client)
+        if missing == ():
+            return None
+        base_size = sum(tensor.nbytes for tensor in self._state.base.values())
+        entries_size = sum(t.nbytes for entry in missing or () for t in entry.adapter.values())
+        if missing is None or base_size < entries_size:
+            return self._supply_of("base", "supply base", ())
+        if entries_size > wire.INLINE_LIMIT:
+            return self._supply_of("entries", f"supply {len(missing)}", missing)
+        return None
+
+    def _supply_of(self, kind: wire.SupplyKind, key: str, entries: tuple[Entry, ...]) -> tuple[RecordDict, str, int]:
+        if key not in self._made:
+            ledger = self._state.ledger
+            content = wire.supply_content(
+                kind,
+                root=ledger.root,
+                lineage=ledger.lineage,
+                settings=self._settings,
+                template=self._template,
+                entries=entries,
+                base=self._state.base,
+            )
+            self._made[key] = (content, wire.content_bytes(content), 0)
+        content, size, _ = self._made[key]
+        return content, kind, size
+
+    def _order(self, client: str) -> tuple[RecordDict, int, int]:
+        """The order for this client, its size, and how much of that the entries are."""
+        missing = self._missing(client) or ()
+        key = f"order {len(missing)}"
+        if key not in self._made:
+            entries = wire.entries_to_bytes(missing) if missing else b""
+            ledger = self._state.ledger
+            content = wire.order_content(
+                self._template,
+                root=ledger.root,
+                lineage=ledger.lineage,
+                settings=self._settings,
+                entries=entries,
+                statistics=self._state.statistics,
+            )
+            self._made[key] = (content, wire.content_bytes(content), len(entries))
+        return self._made[key]
