@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedloru_flwr.lowrank import Adapter, Entry, FactorisedLayer, concatenate, fold
 from fedloru_flwr.models.plan import AdapterPlan, exact_pattern, has_fused_transformer
 
-BaseMarks = dict[str, tuple[int, int, torch.device]]
+BaseMarks = dict[str, tuple[int, Tensor]]
 _TRAINED = "default"
 _LEDGER = "ledger"
 
@@ -187,17 +187,19 @@ class AdaptedModel:
 
     def base_marks(self) -> BaseMarks:
         """What tells later whether the base has been changed: see `base_written` and `base_replaced`."""
-        return {name: _mark(self._parameters[name]) for name in self.plan.base}
+        # torch counts writes in place; moving a model to another device or number format replaces the memory instead.
+        # The old memory is held, so that its place is not given to the new.
+        return {name: (self._parameters[name]._version, self._parameters[name].detach()) for name in self.plan.base}
 
     def base_written(self, marks: BaseMarks) -> tuple[str, ...]:
         """The frozen parameters that have been written to in place since ``marks``."""
-        return tuple(name for name, (version, _, _) in self.base_marks().items() if version != marks[name][0])
+        return tuple(name for name, (version, _) in marks.items() if self._parameters[name]._version != version)
 
     def base_replaced(self, marks: BaseMarks) -> bool:
         """Whether frozen parameters lie elsewhere on the same device, as after a change of number format and back."""
         return any(
-            place != marks[name][1] and device == marks[name][2]
-            for name, (_, place, device) in self.base_marks().items()
+            self._parameters[name].data_ptr() != before.data_ptr() and self._parameters[name].device == before.device
+            for name, (_, before) in marks.items()
         )
 
     def frozen_with_gradient(self) -> tuple[str, ...]:
@@ -206,11 +208,6 @@ class AdaptedModel:
         for name in touched:
             self._parameters[name].grad = None
         return touched
-
-
-def _mark(parameter: nn.Parameter) -> tuple[int, int, torch.device]:
-    # torch counts writes in place; moving a model to another device or dtype replaces the memory instead.
-    return parameter._version, parameter.data_ptr(), parameter.device
 
 
 def _note_gradient(parameter: nn.Parameter, key: str, seen: set[str]) -> Any:
