@@ -169,7 +169,7 @@ class FederatedStrategy(Strategy):
             raise ValueError(f"reinit must be 'reset' or 'keep', got {reinit!r}")
         if settings.accumulate_into not in ("merge", "stack"):
             raise ValueError(f"accumulate_into must be 'merge' or 'stack', got {settings.accumulate_into!r}")
-        self._model = deepcopy(model) if isinstance(model, nn.Module) else build_seeded(model, settings.seed)
+        self._model = deepcopy(model) if isinstance(model, nn.Module) else _build_undisturbed(model, settings.seed)
         self.plan = plan(self._model)
         self.settings = settings
         self.schedule = schedule
@@ -758,6 +758,25 @@ def low_rank(settings: wire.Settings) -> Callable[[nn.Module], AdapterPlan]:
     return lambda module: plan_adapter(
         module, settings.rank, settings.alpha, settings.target_modules, settings.dense_leaves
     )
+
+
+_REBUILT_PARAMETERS = 50_000_000
+
+
+def _build_undisturbed(model: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build a model twice, until two builds agree.
+
+    A simulation imports the user's apps in another thread of this process, and what they draw at import comes out of
+    the same global generators. Large models are built once: a client whose weights then differ is sent the server's.
+    """
+    built = build_seeded(model, seed)
+    for _ in range(5):
+        if sum(parameter.numel() for parameter in built.parameters()) > _REBUILT_PARAMETERS:
+            break
+        before, built = built, build_seeded(model, seed)
+        if digest_tensors(before.state_dict()) == digest_tensors(built.state_dict()):
+            break
+    return built
 
 
 def _metric(metrics: MetricRecord | None, *names: str) -> object:

@@ -114,8 +114,10 @@ def test_another_app_gains_low_rank_training_by_swapping_the_strategy(model_from
     assert "evaluated rounds: [1, 2, 3, 4, 5, 6]" in lines
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     base = [row["bytes_by_purpose"].get("base", {"down": 0})["down"] for row in rows]
-    sizes = {"factory": 0, "instance": 6 * bytes_of_w0(quickstart)}  # once for each of the six clients, ever
-    assert sum(base) == sizes[model_from]
+    if model_from == "factory":
+        assert sum(base) == 0
+    else:  # once for each of the six clients, ever; beside the tensors there are the header and the app's settings
+        assert 6 * bytes_of_w0(quickstart) <= sum(base) < 6 * (bytes_of_w0(quickstart) + 500)
 
 
 def bytes_of_w0(app: Path) -> int:

@@ -487,3 +487,17 @@ def test_flowers_default_key_names_are_on_the_wire():
     assert wire.CONFIG == "config"
     assert FlowerFedAvg().arrayrecord_key == wire.ARRAYS
     assert FlowerFedAvg().configrecord_key == wire.CONFIG
+
+
+def test_what_another_thread_draws_while_the_model_is_built_does_not_get_into_it():
+    calls = []
+
+    def disturbed():
+        calls.append(1)
+        if len(calls) == 1:
+            torch.rand(3)  # as an app's own module does when it is imported meanwhile
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+
+    alone = FedLoRU(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), rank=2)
+    assert FedLoRU(disturbed, rank=2).state.ledger.root == alone.state.ledger.root
+    assert len(calls) == 3
