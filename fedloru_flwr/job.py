@@ -12,7 +12,7 @@ from fedloru_flwr.clients.training import choose_device, evaluate
 from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import Samples
 from fedloru_flwr.engines.in_process import InProcessGrid
-from fedloru_flwr.models import NetworkFactory, plan_adapter, plan_full
+from fedloru_flwr.models import NetworkFactory, plan_model
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_table
 from fedloru_flwr.strategies import FederatedStrategy
@@ -28,10 +28,8 @@ def check(config: RunConfig) -> None:
     """
     _, spec = server_data(config)
     model = network_factory(config, spec)()
-    if ALGORITHMS[config.algorithm].factorised:
-        plan_adapter(model, config.rank, config.alpha, config.target_modules, config.dense_leaves)
-    else:
-        plan_full(model)
+    factorised = ALGORITHMS[config.algorithm].factorised
+    plan_model(model, factorised, config.rank, config.alpha, config.target_modules, config.dense_leaves)
     choose_device(config.device)
     continued = run_to_continue(config)
     if continued is None:

@@ -33,7 +33,7 @@ from fedloru_flwr.lowrank import (
 )
 from fedloru_flwr.lowrank.random import GeneratorStates
 from fedloru_flwr.models.adapters import AdaptedModel
-from fedloru_flwr.models.plan import build_seeded, plan_adapter, plan_full
+from fedloru_flwr.models.plan import build_seeded, plan_model
 from fedloru_flwr.store import Store, default_path
 
 ModelSource = Callable[[], nn.Module] | nn.Module
@@ -62,10 +62,8 @@ class _HostedModel:
         self._factory = None if isinstance(source, nn.Module) else source
         self._settings = settings
         module = source if isinstance(source, nn.Module) else build_seeded(source, settings.seed)
-        if settings.factorised:
-            plan = plan_adapter(module, settings.rank, settings.alpha, settings.target_modules, settings.dense_leaves)
-        else:
-            plan = plan_full(module)
+        s = settings
+        plan = plan_model(module, s.factorised, s.rank, s.alpha, s.target_modules, s.dense_leaves)
         self.adapted = AdaptedModel(module, plan)
         averaged = set(plan.statistics)
         self._counters = {name: b.clone() for name, b in module.named_buffers() if name not in averaged}

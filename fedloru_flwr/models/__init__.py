@@ -1,7 +1,7 @@
 """Networks, the plan of what is factorised, and PEFT attached after it."""
 
 from fedloru_flwr.models.networks import MLP, MODELS, NetworkFactory, ResNet, SmallCNN
-from fedloru_flwr.models.plan import AdapterPlan, PlanError, build_seeded, plan_adapter, plan_full
+from fedloru_flwr.models.plan import AdapterPlan, PlanError, build_seeded, plan_adapter, plan_full, plan_model
 
 __all__ = [
     "MLP",
@@ -14,4 +14,5 @@ __all__ = [
     "build_seeded",
     "plan_adapter",
     "plan_full",
+    "plan_model",
 ]

@@ -249,6 +249,18 @@ def plan_adapter(
     return _sort_rest(model, tuple(chosen), alpha / rank, dense_leaves, tuple(notes))
 
 
+def plan_model(
+    model: nn.Module,
+    factorised: bool,
+    rank: int,
+    alpha: float,
+    target_modules: TargetModules,
+    dense_leaves: str | Sequence[str],
+) -> AdapterPlan:
+    """The plan that a run's settings ask for: `plan_adapter` of a factor-based method, else `plan_full`."""
+    return plan_adapter(model, rank, alpha, target_modules, dense_leaves) if factorised else plan_full(model)
+
+
 def plan_full(model: nn.Module) -> AdapterPlan:
     """The plan of full-rank training: nothing is factorised, every trainable parameter is a dense leaf."""
     _check_initialised(model)

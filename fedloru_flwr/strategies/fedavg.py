@@ -8,7 +8,6 @@ from typing import Unpack
 
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import AccumulationSchedule
-from fedloru_flwr.models.plan import plan_full
 from fedloru_flwr.strategies.federated import CommonOptions, FederatedStrategy, ModelSource
 
 
@@ -42,4 +41,4 @@ class FedAvg(FederatedStrategy):
             accumulate_into="merge",
             weighted_by=weighted_by_key,
         )
-        super().__init__(model, plan=plan_full, settings=settings, schedule=AccumulationSchedule.never(), **common)
+        super().__init__(model, settings=settings, schedule=AccumulationSchedule.never(), **common)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import AccumulationSchedule, digest_tensors, weighted_mean
-from fedloru_flwr.models.plan import AdapterPlan, TargetModules, as_names, build_seeded, plan_adapter
+from fedloru_flwr.models.plan import TargetModules, as_names, build_seeded, plan_model
 from fedloru_flwr.runs import RunDirectory, round_line, versions
 from fedloru_flwr.strategies.inner import InnerStrategy, plain_average
 from fedloru_flwr.strategies.judging import Expected, Rejected, judge, reject_odd_metrics
@@ -94,8 +94,7 @@ class FederatedStrategy(Strategy):
 
     Args:
         model: a factory (a class or a function without arguments), built under ``seed``; or an instance.
-        plan: made from the plain model: which layers are factorised, which parameters are dense leaves.
-        settings: what the clients need to make the same plan.
+        settings: what the server and every client make the same plan from.
         schedule: after which rounds to accumulate.
         reinit: how factors restart.
         seed: of initial weights, fresh factors, participants and clients' random streams.
@@ -130,7 +129,6 @@ class FederatedStrategy(Strategy):
         self,
         model: ModelSource,
         *,
-        plan: Callable[[nn.Module], AdapterPlan],
         settings: wire.Settings,
         schedule: AccumulationSchedule,
         reinit: Reinit = "reset",
@@ -170,7 +168,8 @@ class FederatedStrategy(Strategy):
         if settings.accumulate_into not in ("merge", "stack"):
             raise ValueError(f"accumulate_into must be 'merge' or 'stack', got {settings.accumulate_into!r}")
         self._model = deepcopy(model) if isinstance(model, nn.Module) else _build_undisturbed(model, settings.seed)
-        self.plan = plan(self._model)
+        s = settings
+        self.plan = plan_model(self._model, s.factorised, s.rank, s.alpha, s.target_modules, s.dense_leaves)
         self.settings = settings
         self.schedule = schedule
         self.reinit = reinit
@@ -750,13 +749,6 @@ def low_rank_settings(
         seed=seed,
         accumulate_into=accumulate_into,
         weighted_by=weighted_by,
-    )
-
-
-def low_rank(settings: wire.Settings) -> Callable[[nn.Module], AdapterPlan]:
-    """The plan that ``settings`` ask for, for `FederatedStrategy`."""
-    return lambda module: plan_adapter(
-        module, settings.rank, settings.alpha, settings.target_modules, settings.dense_leaves
     )
 
 

@@ -10,7 +10,7 @@ from typing import Unpack
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import AccumulationSchedule
 from fedloru_flwr.models.plan import TargetModules
-from fedloru_flwr.strategies.federated import CommonOptions, FederatedStrategy, ModelSource, low_rank, low_rank_settings
+from fedloru_flwr.strategies.federated import CommonOptions, FederatedStrategy, ModelSource, low_rank_settings
 
 
 class FedLoRA(FederatedStrategy):
@@ -42,6 +42,4 @@ class FedLoRA(FederatedStrategy):
         **common: Unpack[CommonOptions],
     ) -> None:
         settings = low_rank_settings(rank, alpha, target_modules, dense_leaves, seed, "merge", weighted_by_key)
-        super().__init__(
-            model, plan=low_rank(settings), settings=settings, schedule=AccumulationSchedule.never(), **common
-        )
+        super().__init__(model, settings=settings, schedule=AccumulationSchedule.never(), **common)

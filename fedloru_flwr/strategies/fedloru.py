@@ -14,7 +14,7 @@ from typing import Literal, Unpack
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import AccumulationSchedule
 from fedloru_flwr.models.plan import TargetModules
-from fedloru_flwr.strategies.federated import CommonOptions, FederatedStrategy, ModelSource, low_rank, low_rank_settings
+from fedloru_flwr.strategies.federated import CommonOptions, FederatedStrategy, ModelSource, low_rank_settings
 from fedloru_flwr.strategies.state import Reinit
 
 
@@ -63,4 +63,4 @@ class FedLoRU(FederatedStrategy):
             schedule = AccumulationSchedule.listed(int(part) for part in listed)
         else:
             schedule = AccumulationSchedule.periodic(accumulate_every)
-        super().__init__(model, plan=low_rank(settings), settings=settings, schedule=schedule, reinit=reinit, **common)
+        super().__init__(model, settings=settings, schedule=schedule, reinit=reinit, **common)
