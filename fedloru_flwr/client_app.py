@@ -1,6 +1,7 @@
 """The Flower ClientApp: local low-rank optimisation on the client's own samples."""
 
 import importlib.metadata
+from dataclasses import replace
 
 import torch
 from flwr.app import Context, Message
@@ -10,18 +11,20 @@ from fedloru_flwr import wire
 from fedloru_flwr.clients.identity import client_identity
 from fedloru_flwr.clients.mods import session_mod
 from fedloru_flwr.clients.session import LowRankSession
-from fedloru_flwr.clients.training import LocalOptimisation, choose_device, evaluate, train_locally
+from fedloru_flwr.clients.training import choose_device, evaluate, train_locally
 from fedloru_flwr.config import RunConfig
 from fedloru_flwr.data import ClientData
-from fedloru_flwr.workload import client_data, learning_rate, network_factory
+from fedloru_flwr.workload import client_data, local_optimisation, network_factory
 
 app = ClientApp()
 
 
 @app.query()
 def enrol(message: Message, context: Context) -> Message:
-    """Tell the server who this client is."""
-    enrolment = wire.Enrolment(client_identity(context), importlib.metadata.version("fedloru-flwr"))
+    """Tell the server who this client is, and the largest rank it can train (``max-rank`` of its node config)."""
+    version = importlib.metadata.version("fedloru-flwr")
+    budget = context.node_config.get("max-rank", 0)
+    enrolment = wire.Enrolment(client_identity(context), version, budget if isinstance(budget, int) else 0)
     return Message(wire.enrolment_reply(message.content, enrolment), reply_to=message)
 
 
@@ -29,24 +32,24 @@ def enrol(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train the factors and dense leaves on the client's training samples."""
     config, data, session = _begin(message, context)
-    how = LocalOptimisation(
-        epochs=config.local_epochs,
-        batch_size=config.batch_size,
-        optimizer=config.optimizer,
-        learning_rate=learning_rate(config, session.server_round),
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
-    loss = train_locally(session.model, data.train, how, session.seed, choose_device(config.device))
-    return session.reply({"train_loss": loss, wire.NUM_EXAMPLES: len(data.train)})
+    how, device = local_optimisation(config, session.server_round), choose_device(config.device)
+    generator = torch.Generator().manual_seed(session.seed)
+    losses = [
+        train_locally(session.model, data.train, replace(how, epochs=epochs), generator, device)
+        for epochs in session.phases(how.epochs)
+    ]
+    return session.reply({"train_loss": losses[0], wire.NUM_EXAMPLES: len(data.train)})
 
 
 @app.evaluate(mods=[session_mod])
 def evaluate_held_out(message: Message, context: Context) -> Message:
-    """Evaluate the global model on the client's held-out samples."""
+    """Evaluate the global model, and the client's own where it has one, on the client's held-out samples."""
     config, data, session = _begin(message, context)
-    metrics = evaluate(session.model, data.held_out, choose_device(config.device))
+    metrics = {
+        f"{prefix}{name}": value
+        for prefix, model in session.models()
+        for name, value in evaluate(model, data.held_out, choose_device(config.device)).items()
+    }
     return session.reply({**metrics, wire.NUM_EXAMPLES: len(data.held_out)})
 
 

@@ -33,6 +33,8 @@ _FREE_WHEN_CONTINUED = (
     "checkpoint-every",
     "timeout",
     "max-failure-fraction",
+    "aggregation-error",
+    "batched",
 )
 
 
@@ -61,7 +63,10 @@ class RunConfig:
     num_server_rounds: int = _setting(40, "rounds T", low=1)
     num_clients: int = _setting(100, "clients K; a simulation has as many SuperNodes", low=1)
     fraction_train: float = _setting(0.5, "share C of the clients that train in a round", above=0, high=1)
-    fraction_evaluate: float = _setting(0.0, "share that evaluates on its own held-out data", low=0, high=1)
+    fraction_evaluate: float = _setting(
+        0.0, "share that evaluates on its own held-out data (at the end all do); 0 is never", low=0, high=1
+    )
+    evaluate_every: int = _setting(1, "rounds between these evaluations", low=1)
     local_epochs: int = _setting(5, "epochs E of a client in a round", low=1)
     batch_size: int = _setting(8, "samples a step; a smaller partition still trains", low=1)
     optimizer: str = _setting("sgd", "the clients' optimiser", choices=("sgd", "adamw"))
@@ -77,10 +82,27 @@ class RunConfig:
     alpha: float = _setting(8.0, "the update is alpha / rank * B A", above=0)
     target_modules: str = _setting("auto", "layers to factorise: auto, or names, suffixes and types, by commas")
     dense_leaves: str = _setting("all", "what else is trained: all, none, or names and prefixes, by commas")
-    accumulate_every: int = _setting(10, "rounds tau between accumulations", low=1)
+    adapter: str = _setting("auto", "the factors' family; auto is the method's own", choices=("auto", "lora", "loha"))
+    ranks: str = _setting("", 'ranks by share of the clients, such as "4:0.5,16:0.5", or a .toml or .json file')
+    accumulate_every: int = _setting(0, "rounds tau between accumulations; 0 is the method's own (FedLoRU: 10)", low=0)
     accumulate_at: str = _setting("", 'accumulate after these rounds instead, such as "50,100"')
     reinit: str = _setting("reset", "factors after an accumulation", choices=("reset", "keep"))
     accumulate_into: str = _setting("merge", "how clients hold the past", choices=("merge", "stack"))
+    personal_rank: int = _setting(0, "pfedloru: rank of the personal pair; 0 is rank", low=0)
+    personal_alpha: float = _setting(0.0, "pfedloru: alpha of the personal pair; 0 takes the global scale", low=0)
+    global_epochs: int = _setting(0, "pfedloru: epochs of the global pair; 0 is the rest of local-epochs", low=0)
+    personal_epochs: int = _setting(0, "pfedloru: epochs of the personal pair; 0 is a quarter of local-epochs", low=0)
+    nested_scale: float = _setting(1.0, "mfedloru: s_A = s_B of the nested pairs", above=0)
+    proximal_mu: float = _setting(0.0, "FedProx: mu of mu/2 ||w - w_0||^2 in the clients' loss; 0 is none", low=0)
+    scaffold: bool = _setting(False, "SCAFFOLD: exchange control variates")
+    server_optimizer: str = _setting(
+        "none", "what the server does with the mean", choices=("none", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+    )
+    server_learning_rate: float = _setting(1.0, "of the server's optimiser", above=0)
+    server_momentum: float = _setting(0.9, "of the server's optimiser (beta_1)", low=0, high=0.999999)
+    server_second_momentum: float = _setting(0.99, "beta_2 of FedAdam and FedYogi", low=0, high=0.999999)
+    server_adaptivity: float = _setting(0.001, "tau of FedAdam, FedYogi and FedAdagrad", above=0)
+    aggregation_error: bool = _setting(True, "measure how far the aggregate is from the mean of the products")
     dataset: str = _setting("digits", "digits, local (see data-path), hub:<name>, or clients (only they have data)")
     data_path: str = _setting("", "for local: a folder, CSV, JSON or Parquet file")
     label_column: str = _setting("label", "the column to predict")

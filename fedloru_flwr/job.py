@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from flwr.serverapp import Grid
 from rich.console import Console
@@ -12,11 +12,12 @@ from fedloru_flwr.clients.training import choose_device, evaluate
 from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import Samples
 from fedloru_flwr.engines.in_process import InProcessGrid
-from fedloru_flwr.models import NetworkFactory, plan_model
+from fedloru_flwr.models import NetworkFactory
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_table
 from fedloru_flwr.strategies import FederatedStrategy
 from fedloru_flwr.strategies.federated import CommonOptions
+from fedloru_flwr.strategies.inner import server_optimizer
 from fedloru_flwr.workload import network_factory, server_data
 
 
@@ -27,9 +28,7 @@ def check(config: RunConfig) -> None:
         ValueError: `ConfigError`, `DataError`, `PlanError` or `OutputError`, each naming the setting.
     """
     _, spec = server_data(config)
-    model = network_factory(config, spec)()
-    factorised = ALGORITHMS[config.algorithm].factorised
-    plan_model(model, factorised, config.rank, config.alpha, config.target_modules, config.dense_leaves)
+    _build(config, network_factory(config, spec))  # it refuses what the method cannot do
     choose_device(config.device)
     continued = run_to_continue(config)
     if continued is None:
@@ -71,7 +70,6 @@ class Job:
         """The strategy the settings describe."""
         config = self.config
         common: CommonOptions = {
-            "num_clients": config.num_clients,
             "run_dir": self.directory.path,
             "resume": "auto",  # the directory is this run's own: new, or to be continued
             "checkpoint_every": config.checkpoint_every,
@@ -80,11 +78,13 @@ class Job:
             "enrol": True,
             "fraction_train": config.fraction_train,
             "fraction_evaluate": config.fraction_evaluate,
+            "evaluate_every": config.evaluate_every,
+            "evaluate_all_at_end": True,
             "min_train_nodes": 1,
             "min_evaluate_nodes": 1,
             "min_available_nodes": 1,
         }
-        return ALGORITHMS[config.algorithm].build(config, self.factory, **common)
+        return _build(config, self.factory, **common)
 
     def run(self, grid: Grid, console: Console | None = None) -> dict[str, Any]:
         """Train, show progress, and return the summary."""
@@ -114,6 +114,27 @@ class Job:
     def _central(self, _: int, model: nn.Module) -> dict[str, float]:
         assert self.samples is not None
         return evaluate(model, self.samples, choose_device(self.config.device))
+
+
+def _build(config: RunConfig, factory: NetworkFactory, **common: Unpack[CommonOptions]) -> FederatedStrategy:
+    """The strategy with what the settings combine it with.
+
+    Raises:
+        ValueError: where they make no sense together, with the reason.
+    """
+    inner = server_optimizer(
+        config.server_optimizer,
+        config.server_learning_rate,
+        config.server_momentum,
+        config.server_second_momentum,
+        config.server_adaptivity,
+    )
+    common["inner"] = inner
+    common["num_clients"] = config.num_clients
+    common["proximal_mu"] = config.proximal_mu
+    common["scaffold"] = config.scaffold
+    common["measure_aggregation"] = config.aggregation_error
+    return ALGORITHMS[config.algorithm].build(config, factory, **common)
 
 
 def _introduce(

@@ -1,17 +1,17 @@
-"""The algorithms by name: what each is, and what turns settings into its strategy. A new one is one row here."""
+"""The algorithms by name: the class of each and the settings it takes. A new one is one row here."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Unpack
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from fedloru_flwr.config import RunConfig
     from fedloru_flwr.strategies import FederatedStrategy
     from fedloru_flwr.strategies.federated import CommonOptions
-
-    Build = Callable[..., FederatedStrategy]
 
 
 @dataclass(frozen=True)
@@ -19,62 +19,64 @@ class Algorithm:
     """A row of the registry.
 
     Attributes:
-        build: makes the strategy from settings, the network's factory and `CommonOptions`.
+        cls: the name of its strategy in `fedloru_flwr.strategies`.
+        own: settings of its own, beside those that every factor-based method takes.
         factorised: it trains factors; else every parameter.
-        accumulates: it accumulates the factors' product by the settings' schedule.
     """
 
-    build: "Build"
+    cls: str
+    own: tuple[str, ...] = ()
     factorised: bool = True
-    accumulates: bool = False
 
+    @property
+    def every(self) -> int:
+        """``tau`` where the settings do not say."""
+        accumulation = getattr(self.strategy, "accumulation", None)
+        return accumulation.every if accumulation is not None else 0
 
-def _fedavg(
-    config: "RunConfig", model: "Callable[[], nn.Module]", **common: "Unpack[CommonOptions]"
-) -> "FederatedStrategy":
-    from fedloru_flwr.strategies import FedAvg
+    @property
+    def strategy(self) -> "type[FederatedStrategy]":
+        """The strategy's class."""
+        found: type[FederatedStrategy] = getattr(import_module("fedloru_flwr.strategies"), self.cls)
+        return found
 
-    return FedAvg(model, seed=config.seed, **common)
-
-
-def _fedlora(
-    config: "RunConfig", model: "Callable[[], nn.Module]", **common: "Unpack[CommonOptions]"
-) -> "FederatedStrategy":
-    from fedloru_flwr.strategies import FedLoRA
-
-    return FedLoRA(
-        model,
-        rank=config.rank,
-        alpha=config.alpha,
-        target_modules=config.target_modules,
-        dense_leaves=config.dense_leaves,
-        seed=config.seed,
-        **common,
-    )
-
-
-def _fedloru(
-    config: "RunConfig", model: "Callable[[], nn.Module]", **common: "Unpack[CommonOptions]"
-) -> "FederatedStrategy":
-    from fedloru_flwr.strategies import FedLoRU
-
-    return FedLoRU(
-        model,
-        rank=config.rank,
-        alpha=config.alpha,
-        accumulate_every=config.accumulate_every,
-        accumulate_at=config.accumulation_rounds,
-        reinit=cast("Any", config.reinit),
-        accumulate_into=cast("Any", config.accumulate_into),
-        target_modules=config.target_modules,
-        dense_leaves=config.dense_leaves,
-        seed=config.seed,
-        **common,
-    )
+    def build(
+        self, config: "RunConfig", model: "Callable[[], nn.Module]", **common: "Unpack[CommonOptions]"
+    ) -> "FederatedStrategy":
+        """Make the strategy that the settings describe."""
+        own: dict[str, Any] = {"seed": config.seed}
+        if self.factorised:
+            own |= {
+                "rank": config.rank,
+                "alpha": config.alpha,
+                "accumulate_every": config.accumulate_every,
+                "accumulate_at": config.accumulation_rounds,
+                "reinit": config.reinit,
+                "accumulate_into": config.accumulate_into,
+                "adapter": None if config.adapter == "auto" else config.adapter,
+                "ranks": config.ranks,
+                "target_modules": config.target_modules,
+                "dense_leaves": config.dense_leaves,
+            }
+        own |= {name: getattr(config, name) for name in self.own}
+        return self.strategy(model, **own, **common)
 
 
 ALGORITHMS = {
-    "fedavg": Algorithm(_fedavg, factorised=False),
-    "fedlora": Algorithm(_fedlora),
-    "fedloru": Algorithm(_fedloru, accumulates=True),
+    "fedavg": Algorithm("FedAvg", factorised=False),
+    "fedlora": Algorithm("FedLoRA"),
+    "fedloru": Algorithm("FedLoRU"),
+    "fedloru-seeded": Algorithm("FedLoRUSeeded"),
+    "pfedloru": Algorithm("PFedLoRU", ("personal_rank", "personal_alpha", "global_epochs", "personal_epochs")),
+    "mfedloru": Algorithm("MFedLoRU", ("nested_scale",)),
+    "fedhm": Algorithm("FedHM"),
+    "fedpara": Algorithm("FedPara"),
+    "ffa-lora": Algorithm("FFALoRA"),
+    "rolora": Algorithm("RoLoRA"),
+    "flora": Algorithm("FLoRA"),
+    "fedex-lora": Algorithm("FedExLoRA"),
+    "flexlora": Algorithm("FlexLoRA"),
+    "hetlora": Algorithm("HetLoRA"),
+    "fedsa-lora": Algorithm("FedSALoRA"),
+    "lowrank-ef": Algorithm("LowRankEF"),
 }

@@ -1,12 +1,14 @@
 """Bases and ledger entries by digest, on disk, memory-mapped.
 
 One directory holds what a machine has received: ``bases/<lineage>.safetensors``, ``entries/<lineage>.safetensors`` and,
-for every client that lives here, the lineage it holds. In a simulation all virtual clients share the directory, while
-each one's holdings are tracked apart, as if it were a machine of its own; on a deployed client it lies on its disk.
+for every client that lives here, the lineage it holds and, by run and round, its own state. In a simulation all virtual
+clients share the directory, while each one's holdings are tracked apart, as if it were a machine of its own; on a
+deployed client it lies on its disk.
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -96,7 +98,7 @@ class Store:
         """Keep a ledger entry, unless it is here."""
         path = self._file("entries", entry.digest)
         if not path.exists():
-            self._write(path, entry.adapter, {"previous": entry.previous, "scale": repr(entry.scale)})
+            self._write(path, entry.adapter, {"link": json.dumps(entry.link())})
 
     def entry(self, digest: str) -> Entry | None:
         """The entry of this digest, or None; one that does not match its digest is removed and counts as absent."""
@@ -106,12 +108,11 @@ class Store:
             return None
         tensors, metadata = found
         try:
-            entry = Entry(digest, metadata["previous"], float(metadata["scale"]), tensors)
-            entry.verify()
+            entry = Entry.linked(json.loads(metadata["link"]), tensors)
         except (KeyError, ValueError):
             path.unlink(missing_ok=True)
             return None
-        return entry
+        return entry if entry.digest == digest else None
 
     def _holdings(self, root: str, client: str) -> Path:
         name = hashlib.sha256(f"{root}\x1f{client}".encode()).hexdigest()
@@ -142,6 +143,28 @@ class Store:
             path = self._holdings(root, client)
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic.write_text(path, f"{lineage} {base}\n")
+
+    def _states(self, run: str, client: str) -> Path:
+        return self.path / "states" / hashlib.sha256(f"{run}\x1f{client}".encode()).hexdigest()
+
+    def put_state(self, run: str, client: str, server_round: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what ``client`` has of its own after a round: personal adapters, residuals, control variates."""
+        path = self._states(run, client) / f"{server_round}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_tensors(path, tensors, {"digest": digest_tensors(tensors)})
+
+    def state(self, run: str, client: str, server_round: int) -> dict[str, Tensor] | None:
+        """What the client kept after exactly this round, or None; a damaged file counts as absent."""
+        found = self._read(self._states(run, client) / f"{server_round}.safetensors")
+        if found is None or found[1].get("digest") != digest_tensors(found[0]):
+            return None
+        return found[0]
+
+    def forget_states(self, run: str, client: str, before: int) -> None:
+        """Drop what the client kept of rounds before this one."""
+        for path in self._states(run, client).glob("*.safetensors"):
+            if path.stem.isdigit() and int(path.stem) < before:
+                path.unlink(missing_ok=True)
 
     def _trim(self, keep: Path) -> None:
         files = []

@@ -7,11 +7,12 @@ message of the same type whose one ArrayRecord holds them. So every message has 
 mods expect.
 
 Client to server, a **reply**: one ArrayRecord with the Trainables (training only), one MetricRecord, one ConfigRecord
-with a JSON header and the statistics. A client that cannot or need not train gives an **answer** instead: a line of
+with a JSON header, the statistics and, both ways, what else a method exchanges, such as control variates. A client that cannot or need not train gives an **answer** instead: a line of
 text, in a ConfigRecord or in the reason of an error reply (an exception is the only way out of a user's function).
 """
 
 import json
+import math
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -26,17 +27,20 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedloru_flwr.lowrank import Entry
+from fedloru_flwr.lowrank.forms import FORMS, Form
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 INLINE_LIMIT = 2**20
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
-HEADER, ENTRIES, STATISTICS = "fedloru", "fedloru-entries", "fedloru-statistics"
+HEADER, ENTRIES, STATISTICS, EXTRAS = "fedloru", "fedloru-entries", "fedloru-statistics", "fedloru-extras"
+CONTROL = "control/"
 SERVER_ROUND = "server-round"
 NUM_EXAMPLES = "num-examples"
 
 OrderKind = Literal["work", "entries", "base"]
 SupplyKind = Literal["entries", "base"]
+Half = Literal["both", "a", "b"]
 AnswerKind = Literal["need-base", "stored"]
 
 
@@ -55,7 +59,8 @@ class Settings:
     """What a client needs to know to build the same adapted model as the server.
 
     Attributes:
-        factorised: False for full-rank training.
+        method: names what the client does around training, see `fedloru_flwr.clients.methods`.
+        form: of the adapters, see `AdapterPlan`.
         rank: ``r``.
         alpha: LoRA's alpha.
         target_modules: as given to the strategy; empty for the automatic choice.
@@ -63,9 +68,11 @@ class Settings:
         seed: the run's seed.
         accumulate_into: ``"merge"`` or ``"stack"``.
         weighted_by: the metric that weighs a reply.
+        options: the method's own, by name.
     """
 
-    factorised: bool
+    method: str
+    form: Form
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
@@ -73,10 +80,41 @@ class Settings:
     seed: int
     accumulate_into: str
     weighted_by: str = NUM_EXAMPLES
+    options: tuple[tuple[str, float], ...] = ()
+
+    def option(self, name: str, default: float = 0.0) -> float:
+        """One of the method's own options."""
+        return dict(self.options).get(name, default)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one client is to do in one round, beside the settings that all share.
+
+    Attributes:
+        rank: of this client's own factors; 0 for the settings'.
+        draw: the number of times the factors have been drawn anew.
+        half: which of a pair is trained: ``both``, ``a`` or ``b``.
+        run: names the run, for what the client keeps of its own.
+        counted: the round of this client's last reply that counted; 0 for none.
+        keep_from: what it keeps of rounds before this one will not be asked for again.
+        proximal_mu: FedProx's ``mu``.
+        scaffold: whether control variates are exchanged.
+    """
+
+    rank: int = 0
+    draw: int = 0
+    half: Half = "both"
+    run: str = ""
+    counted: int = 0
+    keep_from: int = 0
+    proximal_mu: float = 0.0
+    scaffold: bool = False
 
 
 _SETTINGS: dict[str, type | tuple[type, ...]] = {
-    "factorised": bool,
+    "method": str,
+    "form": str,
     "rank": int,
     "alpha": (int, float),
     "target_modules": list,
@@ -84,7 +122,10 @@ _SETTINGS: dict[str, type | tuple[type, ...]] = {
     "seed": int,
     "accumulate_into": str,
     "weighted_by": str,
+    "options": list,
 }
+_RUN = re.compile(r"[0-9a-f]{0,64}")
+_NO_WORK = Work()
 
 
 @dataclass(frozen=True)
@@ -101,6 +142,8 @@ class Order:
     server_round: int
     arrays_key: str
     config_key: str
+    work: Work = Work()
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,6 +156,7 @@ class Reply:
     metrics: dict[str, int | float | list[int] | list[float]]
     statistics: dict[str, Tensor]
     silent_layers: tuple[str, ...]
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,13 +188,30 @@ class Answer:
         return cls(kind, urllib.parse.unquote(match[2]), match[3])
 
 
-def content_bytes(content: RecordDict) -> int:
+def is_frozen(key: str, half: Half) -> bool:
+    """Whether a value is of the half of a pair that is not trained."""
+    return key.endswith({"both": "\0", "a": ".lora_B", "b": ".lora_A"}[half])
+
+
+def content_bytes(content: RecordDict | ArrayRecord, known: Mapping[int, int] | None = None) -> int:
     """The size of a serialised RecordDict and its children, as Flower sends them, without the message's metadata.
 
     Equal parts of one message are one object, sent and counted once.
+
+    Args:
+        content: what is sent, or one record of it.
+        known: sizes of records in it that have been measured before, by ``id``.
     """
     with no_object_id_recompute():
-        return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+        if not known or not isinstance(content, RecordDict):
+            return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+        own = len(content.deflate())
+        return own + sum(
+            known[id(record)]
+            if id(record) in known
+            else sum(len(part.deflate()) for part in get_all_nested_objects(record).values())
+            for record in content.values()
+        )
 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -197,19 +258,17 @@ def _digest(value: object) -> str:
 
 def _flatten(entries: Sequence[Entry]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     tensors = {f"{i}/{key}": tensor for i, entry in enumerate(entries) for key, tensor in entry.adapter.items()}
-    chain = [{"digest": entry.digest, "previous": entry.previous, "scale": entry.scale} for entry in entries]
+    chain = [entry.link() for entry in entries]
     return tensors, chain
 
 
 def _unflatten(tensors: Mapping[str, Tensor], chain: Any) -> tuple[Entry, ...]:
     entries = []
     try:
-        for index, link in enumerate(chain):
+        for index, raw in enumerate(chain):
             prefix = f"{index}/"
             adapter = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-            entry = Entry(_digest(link["digest"]), _digest(link["previous"]), float(link["scale"]), adapter)
-            entry.verify()
-            entries.append(entry)
+            entries.append(Entry.linked(raw, adapter))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise WireError(f"ledger entries do not parse: {error}") from error
     return tuple(entries)
@@ -231,7 +290,25 @@ def _settings(raw: dict[str, Any]) -> Settings:
             raise TypeError(f"setting {name!r}: {raw.get(name)!r}")
     if not all(isinstance(target, str) for target in raw["target_modules"]):
         raise TypeError(f"setting 'target_modules': {raw['target_modules']!r}")
-    return Settings(**{**raw, "target_modules": tuple(raw["target_modules"])})
+    if raw["form"] not in FORMS:
+        raise ValueError(f"setting 'form': {raw['form']!r}")
+    options = tuple((str(name), float(value)) for name, value in raw["options"])
+    return Settings(**{**raw, "target_modules": tuple(raw["target_modules"]), "options": options})
+
+
+def _work(raw: dict[str, Any]) -> Work:
+    """Parse a client's work; what is not said has its default."""
+    known = asdict(Work())
+    for name, value in raw.items():
+        kind = float if name == "proximal_mu" else type(known.get(name))
+        if name not in known or type(value) is not kind:
+            raise TypeError(f"work {name!r}: {str(value)[:80]!r}")
+    work = Work(**raw)
+    if min(work.rank, work.draw, work.counted, work.keep_from) < 0 or max(work.rank, work.draw) >= 2**31:
+        raise ValueError(f"work: numbers out of range in {str(raw)[:200]}")
+    if work.half not in ("both", "a", "b") or not _RUN.fullmatch(work.run) or not math.isfinite(work.proximal_mu):
+        raise ValueError(f"work: {str(raw)[:200]}")
+    return work
 
 
 def _header(kind: OrderKind, root: str, lineage: str, settings: Settings, **more: Any) -> str:
@@ -245,18 +322,41 @@ def order_content(
     root: str,
     lineage: str,
     settings: Settings,
+    arrays: ArrayRecord | None = None,
+    work: Work = _NO_WORK,
     entries: bytes = b"",
     statistics: Mapping[str, Tensor] | None = None,
+    extras: bytes = b"",
 ) -> RecordDict:
-    """Complete a content made by a Flower strategy (one ArrayRecord, one ConfigRecord) to an order."""
-    (arrays_key, arrays), (config_key, config) = _only_arrays(template), _only_config(template)
+    """Complete a content made by a Flower strategy (one ArrayRecord, one ConfigRecord) to an order.
+
+    Args:
+        template: the strategy's.
+        root: the digest of ``W0``.
+        lineage: what the client is to reach.
+        settings: what all clients share.
+        arrays: what this client gets instead of the template's arrays.
+        work: what this client is to do.
+        entries: ledger entries that it lacks, see `entries_to_bytes`.
+        statistics: running statistics.
+        extras: what else the method sends, see `extras_to_bytes`.
+    """
+    (arrays_key, own), (config_key, config) = _only_arrays(template), _only_config(template)
     completed = ConfigRecord(dict(config))
-    completed[HEADER] = _header("work", root, lineage, settings)
+    said = {name: value for name, value in asdict(work).items() if value != getattr(_NO_WORK, name)}
+    completed[HEADER] = _header("work", root, lineage, settings, **({"work": said} if said else {}))
+    if extras:
+        completed[EXTRAS] = extras
     if entries:
         completed[ENTRIES] = entries
     if statistics:
         completed[STATISTICS] = _to_bytes(statistics)
-    return RecordDict({arrays_key: arrays, config_key: completed})
+    return RecordDict({arrays_key: own if arrays is None else arrays, config_key: completed})
+
+
+def extras_to_bytes(extras: Mapping[str, Tensor]) -> bytes:
+    """Serialise what a method exchanges beside Trainables; nothing gives nothing."""
+    return _to_bytes(extras) if extras else b""
 
 
 def supply_content(
@@ -328,6 +428,7 @@ def read_order(message: Message) -> Order:
         settings = _settings(dict(header["settings"]))
         root, lineage = _digest(header["root"]), _digest(header["lineage"])
         brain = set(header.get("bfloat16", ()))
+        work = _work(dict(header.get("work", {})))
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"the {HEADER!r} header lacks or mistypes {error}") from error
     if kind not in ("work", "entries", "base"):
@@ -354,6 +455,8 @@ def read_order(message: Message) -> Order:
         server_round if isinstance(server_round, int) else 0,
         arrays_key,
         config_key,
+        work,
+        _from_bytes(config[EXTRAS], "extras")[0] if EXTRAS in config else {},
     )
 
 
@@ -365,6 +468,7 @@ def reply_content(
     tensors: Mapping[str, Tensor] | None = None,
     statistics: Mapping[str, Tensor] | None = None,
     silent_layers: Sequence[str] = (),
+    extras: Mapping[str, Tensor] | None = None,
 ) -> RecordDict:
     """A client's reply; ``tensors`` for training, None for evaluation."""
     header = {"protocol": PROTOCOL_VERSION, "client": client, "lineage": order.lineage}
@@ -373,6 +477,8 @@ def reply_content(
     config = ConfigRecord({HEADER: json.dumps(header, separators=(",", ":"))})
     if statistics:
         config[STATISTICS] = _to_bytes(statistics)
+    if extras:
+        config[EXTRAS] = _to_bytes(extras)
     records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
     if tensors is not None:
         records[order.arrays_key] = to_record(tensors)
@@ -435,23 +541,31 @@ def read_reply(content: RecordDict, *, trained: bool) -> Reply:
         dict(metric_records[0]),
         statistics,
         tuple(map(str, silent)),
+        _from_bytes(config[EXTRAS], "extras")[0] if EXTRAS in config else {},
     )
 
 
-def clean_content(reply: Reply, arrays_key: str) -> RecordDict:
+def extras_bytes(content: RecordDict) -> int:
+    """How much of a message's content its extras are."""
+    records = content.config_records.values()
+    return sum(len(config[EXTRAS]) for config in records if isinstance(config.get(EXTRAS), bytes))  # type: ignore[arg-type]  # bytes
+
+
+def clean_content(tensors: Mapping[str, Tensor], metrics: Mapping[str, Any], arrays_key: str) -> RecordDict:
     """A judged reply as plain Flower would have it: Trainables (after training) and metrics, nothing else."""
     records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
-    if reply.tensors:
-        records[arrays_key] = to_record(reply.tensors)
-    return RecordDict({**records, METRICS: MetricRecord(reply.metrics)})
+    if tensors:
+        records[arrays_key] = to_record(tensors)
+    return RecordDict({**records, METRICS: MetricRecord(dict(metrics))})
 
 
 @dataclass(frozen=True)
 class Enrolment:
-    """What a client tells of itself before the first round."""
+    """What a client tells of itself before the first round: who it is, and the largest rank it can train (0: any)."""
 
     client: str
     version: str = field(default="")
+    rank: int = 0
 
 
 def enrolment_query() -> RecordDict:
@@ -477,4 +591,7 @@ def read_enrolment(content: RecordDict) -> Enrolment:
     client = header.get("client")
     if not isinstance(client, str) or not client:
         raise WireError(f"a client's identity must be a text, got {client!r}")
-    return Enrolment(client, str(header.get("version", "")))
+    rank = header.get("rank", 0)
+    if type(rank) is not int or not 0 <= rank < 2**31:
+        raise WireError(f"a client's largest rank must be a whole number, got {str(rank)[:80]!r}")
+    return Enrolment(client, str(header.get("version", "")), rank)

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 from flwr.app import Context
 
+from fedloru_flwr.clients.training import LocalOptimisation
 from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import (
     ClientData,
@@ -88,11 +89,10 @@ def network_factory(config: RunConfig, spec: DataSpec) -> NetworkFactory:
 
 def accumulation_schedule(config: RunConfig) -> AccumulationSchedule:
     """When the run accumulates."""
-    if not ALGORITHMS[config.algorithm].accumulates:
-        return AccumulationSchedule.never()
     if config.accumulation_rounds:
         return AccumulationSchedule.listed(config.accumulation_rounds)
-    return AccumulationSchedule.periodic(config.accumulate_every)
+    every = config.accumulate_every or ALGORITHMS[config.algorithm].every
+    return AccumulationSchedule.periodic(every) if every else AccumulationSchedule.never()
 
 
 def learning_rate(config: RunConfig, server_round: int) -> float:
@@ -101,3 +101,16 @@ def learning_rate(config: RunConfig, server_round: int) -> float:
         cast("Any", config.learning_rate_schedule), config.learning_rate, config.learning_rate_restart
     )
     return schedule(server_round, config.num_server_rounds, accumulation_schedule(config))
+
+
+def local_optimisation(config: RunConfig, server_round: int) -> LocalOptimisation:
+    """How the clients optimise in a round."""
+    return LocalOptimisation(
+        epochs=config.local_epochs,
+        batch_size=config.batch_size,
+        optimizer=config.optimizer,
+        learning_rate=learning_rate(config, server_round),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )

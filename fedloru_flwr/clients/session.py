@@ -12,9 +12,10 @@
 import logging
 import math
 import numbers
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,11 @@ from flwr.app import Context, Message, MetricRecord
 from torch import Tensor, nn
 
 from fedloru_flwr import wire
+from fedloru_flwr.clients.control import correction, new_control
 from fedloru_flwr.clients.identity import client_identity
+from fedloru_flwr.clients.method import ClientMethod, Site, client_method
+from fedloru_flwr.clients.task import LocalResult, LocalTask
+from fedloru_flwr.data import Samples
 from fedloru_flwr.lowrank import (
     Entry,
     derive_seed,
@@ -58,17 +63,18 @@ class _HostedModel:
     ``base_lineage`` names what is folded into ``W``; ``lineage`` what the model computes, stacked entries included.
     """
 
-    def __init__(self, source: ModelSource, settings: wire.Settings) -> None:
+    def __init__(self, source: ModelSource, settings: wire.Settings, make: type[Any] = AdaptedModel) -> None:
         self._factory = None if isinstance(source, nn.Module) else source
         self._settings = settings
         module = source if isinstance(source, nn.Module) else build_seeded(source, settings.seed)
         s = settings
-        plan = plan_model(module, s.factorised, s.rank, s.alpha, s.target_modules, s.dense_leaves)
-        self.adapted = AdaptedModel(module, plan)
+        plan = plan_model(module, s.form, s.rank, s.alpha, s.target_modules, s.dense_leaves)
+        self.adapted = make(module, plan, settings.seed)
         averaged = set(plan.statistics)
         self._counters = {name: b.clone() for name, b in module.named_buffers() if name not in averaged}
         self.own_root = digest_tensors(self.adapted.read_base())
         self.lineage = self.base_lineage = self.own_root
+        self.corrections: _Corrections | None = None
         self.mark()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -81,9 +87,16 @@ class _HostedModel:
 
     def mend(self) -> None:
         """Undo what a user's loop may have done to what stays in the process, its failures included."""
+        self.stop_correcting()
         changed = self.adapted.base_written(self._marks) or self.adapted.base_replaced(self._marks)
         if self.adapted.restore_dtypes() or changed:
             self.forget_base()
+
+    def stop_correcting(self) -> None:
+        """Leave gradients alone from now on."""
+        if self.corrections is not None:
+            self.corrections.stop()
+            self.corrections = None
 
     def trained_frozen(self) -> tuple[str, ...]:
         """The frozen parameters that a user's loop has trained; the base is then built or loaded anew next time."""
@@ -107,7 +120,8 @@ class _HostedModel:
         """The base of a lineage, from the store or built anew."""
         if lineage == self.own_root and self._factory is not None:
             parameters = dict(build_seeded(self._factory, self._settings.seed).named_parameters())
-            return {name: parameters[name].detach() for name in self.adapted.plan.base}
+            base: dict[str, Tensor] = self.adapted.plan.base_of({n: p.detach() for n, p in parameters.items()})
+            return base
         return store.base(lineage)
 
     def has_base(self, lineage: str, store: Store) -> bool:
@@ -164,11 +178,11 @@ class _HostedModel:
         return True
 
 
-_hosted: "OrderedDict[tuple[object, wire.Settings], _HostedModel]" = OrderedDict()
+_hosted: "OrderedDict[tuple[object, wire.Settings, type[Any]], _HostedModel]" = OrderedDict()
 _INSTANCE_HOST = "_fedloru_host"
 
 
-def _host(source: ModelSource, settings: wire.Settings) -> _HostedModel:
+def _host(source: ModelSource, settings: wire.Settings, make: type[Any]) -> _HostedModel:
     """The model of this source in this process, built at first use."""
     if isinstance(source, nn.Module):
         known: tuple[wire.Settings, _HostedModel | None] | None = source.__dict__.get(_INSTANCE_HOST)
@@ -181,43 +195,49 @@ def _host(source: ModelSource, settings: wire.Settings) -> _HostedModel:
                 "a function without arguments) instead of an instance, or a fresh instance for each run"
             )
         return known[1]
-    key = (source, settings)
+    key = (source, settings, make)
     if key not in _hosted:
-        _hosted[key] = _HostedModel(source, settings)
+        _hosted[key] = _HostedModel(source, settings, make)
         while len(_hosted) > _MODELS_KEPT:
             _hosted.popitem(last=False)
     _hosted.move_to_end(key)
     return _hosted[key]
 
 
-class LowRankSession:
-    """One message's work on a client: the base brought up to date, adapters in, factors loaded.
-
-    The model is put into training or evaluation mode, and the global generators of torch, NumPy and Python are seeded
-    from (run seed, client, round, kind of message), so that a user's loop, its shuffling and dropout included, is
-    repeatable wherever the message is processed; `reply` puts back the states they had.
+class Contact:
+    """One message to one client, up to the point where its base is there: parsed, caught up, nothing loaded yet.
 
     Args:
-        model: a factory (a class or a function without arguments), built under the run's seed and kept per process;
-            or an instance, which is changed in place and whose ``W0`` the server has to send if its own differs.
+        model: a factory or an instance, see `LowRankSession`.
         message: what the app was called with.
         context: what the app was called with.
-        store: where bases and entries are kept; by default in the node config's ``store-path``, else in
-            ``$FEDLORU_STORE``, else in Flower's home.
+        store: where bases, entries and the client's own state are kept.
+        make: how the model is held, `AdaptedModel` or something that has its base like it.
 
     Attributes:
-        model: the user's own model with adapters inside, trainable exactly where the run trains.
+        client: its identity.
         server_round: the round, from 1.
-        seed: what the generators were seeded with.
+        seed: of everything random in this contact.
+        order: the message, parsed.
+        method: what the client does around training.
+        site: what that is a function of.
+        host: the model with its base brought up to date.
 
     Raises:
-        SessionAnswer: there is nothing to train yet (the base has to come first); let it pass.
+        SessionAnswer: there is nothing to train yet (the base has to come first).
         ValueError: the message is not of this protocol, or the model is not the server's.
     """
 
-    def __init__(self, model: ModelSource, message: Message, context: Context, *, store: Store | None = None) -> None:
-        self._message = message
-        self._order = order = wire.read_order(message)
+    def __init__(
+        self,
+        model: ModelSource,
+        message: Message,
+        context: Context,
+        store: Store | None = None,
+        make: type[Any] = AdaptedModel,
+    ) -> None:
+        self.message = message
+        self.order = order = wire.read_order(message)
         self.client = client_identity(context)
         if store is None:
             path = context.node_config.get("store-path")
@@ -225,7 +245,8 @@ class LowRankSession:
         self._store = store
         if order.kind != "work":
             self._accept_supply()
-        host = _host(model, order.settings)
+        self.method = client_method(order.settings.method)
+        self.host = host = _host(model, order.settings, make)
         host.mend()
         base = store.client_base(order.root, self.client)
         if not host.has_base(base, store):
@@ -236,27 +257,22 @@ class LowRankSession:
             self._answer("need-base", sure)
         store.set_held(order.root, self.client, order.lineage, base)
         host.mark()
-        host.reset_counters()
-        self._host = host
-        self._adapted = host.adapted
-        self._adapted.write_trainables(order.tensors)
-        if order.statistics or self._adapted.plan.statistics:
-            self._adapted.write_statistics(order.statistics)
-        self.model: nn.Module = self._adapted.module
+        work = order.work
+        self._own_state = bool(work.run) and (self.method.keeps_state or work.scaffold)
+        kept = store.state(work.run, self.client, work.counted) if self._own_state and work.counted else None
+        plan = host.adapted.plan
+        self.site = Site(plan, order.settings, work, order.tensors, order.server_round, self.client, kept or {})
         self.server_round = order.server_round
         self.seed = derive_seed(
             order.settings.seed, "client", self.client, order.server_round, message.metadata.message_type
         )
-        _seed_generators(self.seed)
-        self._trains = message.metadata.message_type.split(".")[0] == "train"
-        self.model.train(self._trains)
-        self._adapted.watch_gradients()
+        self.trains = message.metadata.message_type.split(".")[0] == "train"
 
     def _answer(self, kind: wire.AnswerKind, held: str) -> None:
-        raise SessionAnswer(self._order, self._message, wire.Answer(kind, self.client, held))
+        raise SessionAnswer(self.order, self.message, wire.Answer(kind, self.client, held))
 
     def _accept_supply(self) -> None:
-        order = self._order
+        order = self.order
         if order.kind == "base":
             if order.lineage == order.root and digest_tensors(order.tensors) != order.root:
                 raise wire.WireError("the base received does not match its digest: it is corrupt or forged")
@@ -271,7 +287,7 @@ class LowRankSession:
 
     def _claims(self, host: _HostedModel) -> Iterator[str]:
         """The lineages this client holds, newest first; others of this machine may have left more in the store."""
-        root = self._order.root
+        root = self.order.root
         at = self._store.held(root, self.client)
         while at is not None and at != root:
             yield at
@@ -282,7 +298,7 @@ class LowRankSession:
 
     def _can_claim(self, lineage: str, host: _HostedModel) -> bool:
         """Whether this client holds ``lineage``, or does so with the entries that came with the order."""
-        entries = self._order.entries
+        entries = self.order.entries
         for held in self._claims(host):
             if held == lineage:
                 return True
@@ -292,6 +308,165 @@ class LowRankSession:
                     self._store.put_entry(entry)
                 return entries[-1].digest == lineage
         return False
+
+    def task(self, samples: Samples, epochs: int) -> LocalTask:
+        """The client's training as a value."""
+        control = (
+            correction(self.site, self.method.trained(self.site), self.order.extras)
+            if self.order.work.scaffold
+            else None
+        )
+        return LocalTask(
+            values=self.method.start(self.site),
+            phases=self.method.phases(self.site, epochs),
+            samples=samples,
+            seed=self.seed,
+            proximal_mu=self.order.work.proximal_mu,
+            control=control,
+        )
+
+    def train_reply(
+        self, result: LocalResult, statistics: Mapping[str, Tensor], metrics: Mapping[str, object]
+    ) -> Message:
+        """Keep the client's own state and answer with what the method sends.
+
+        Raises:
+            ValueError: see `LowRankSession.reply`.
+        """
+        record = self.metrics(metrics)
+        sent, kept = self.method.finish(self.site, result.values)
+        extras: dict[str, Tensor] = {}
+        if self.order.work.scaffold:
+            trained, gradients = self.method.trained(self.site), result.mean_gradients or {}
+            extras, control = new_control(self.site, trained, gradients, self.order.extras)
+            kept |= control
+        if self._own_state:
+            work = self.order.work
+            self._store.forget_states(work.run, self.client, work.keep_from)
+            self._store.put_state(work.run, self.client, self.server_round, kept)
+        if result.silent:
+            _log.warning("these factorised layers got no gradient in training: %s", ", ".join(result.silent))
+        content = wire.reply_content(
+            self.order,
+            client=self.client,
+            metrics=record,
+            tensors=sent,
+            statistics=statistics,
+            silent_layers=result.silent,
+            extras=extras,
+        )
+        return Message(content, reply_to=self.message)
+
+    def evaluate_reply(self, metrics: Mapping[str, object]) -> Message:
+        """Answer with metrics alone."""
+        content = wire.reply_content(self.order, client=self.client, metrics=self.metrics(metrics))
+        return Message(content, reply_to=self.message)
+
+    def metrics(self, metrics: Mapping[str, object]) -> MetricRecord:
+        """The metrics as a record, checked."""
+        weighted_by = self.order.settings.weighted_by
+        record = MetricRecord({name: _metric(name, value) for name, value in metrics.items()})
+        weight = record.get(weighted_by)
+        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ValueError(
+                f"the metrics of a reply must hold {weighted_by!r}, the number of examples this client used, as a "
+                f"positive number; got {metrics.get(weighted_by)!r}"
+            )
+        return record
+
+
+class LowRankSession:
+    """One message's work on a client: the base brought up to date, adapters in, factors loaded.
+
+    The model is put into training or evaluation mode, and the global generators of torch, NumPy and Python are seeded
+    from (run seed, client, round, kind of message), so that a user's loop, its shuffling and dropout included, is
+    repeatable wherever the message is processed; `reply` puts back the states they had.
+
+    Where the run asks for FedProx or SCAFFOLD, the session corrects the gradients of what is trained as they are
+    computed, before the loop clips them: ``g + mu (w - w_0) + c - c_k``. The loop calls ``backward`` once a step.
+
+    Args:
+        model: a factory (a class or a function without arguments), built under the run's seed and kept per process;
+            or an instance, which is changed in place and whose ``W0`` the server has to send if its own differs.
+        message: what the app was called with.
+        context: what the app was called with.
+        store: where bases and entries are kept; by default in the node config's ``store-path``, else in
+            ``$FEDLORU_STORE``, else in Flower's home.
+
+    Attributes:
+        model: the user's own model with adapters inside, trainable exactly where the run trains.
+        client: the client's identity.
+        server_round: the round, from 1.
+        seed: what the generators were seeded with.
+
+    Raises:
+        SessionAnswer: there is nothing to train yet (the base has to come first); let it pass.
+        ValueError: the message is not of this protocol, or the model is not the server's.
+    """
+
+    def __init__(self, model: ModelSource, message: Message, context: Context, *, store: Store | None = None) -> None:
+        self._contact = contact = Contact(model, message, context, store)
+        self._host = contact.host
+        self._adapted: AdaptedModel = contact.host.adapted
+        contact.host.reset_counters()
+        self.client, self.server_round, self.seed = contact.client, contact.server_round, contact.seed
+        order, site = contact.order, contact.site
+        self._adapted.use(contact.method.layout(site))
+        self._values = contact.method.start(site)
+        self._adapted.write_values(self._values)
+        if order.statistics or self._adapted.plan.statistics:
+            self._adapted.write_statistics(order.statistics)
+        self.model: nn.Module = self._adapted.module
+        _seed_generators(self.seed)
+        self.model.train(contact.trains)
+        first = contact.method.phases(site, 1)[0]
+        self._adapted.train_only(first.keys)
+        contact.host.corrections = self._corrections = self._correct(first.keys)
+        self._adapted.watch_gradients()
+
+    def _correct(self, keys: Sequence[str]) -> "_Corrections | None":
+        """Have the gradients of these values corrected, if the run asks for it."""
+        work, site = self._contact.order.work, self._contact.site
+        if not (self._contact.trains and (work.proximal_mu or work.scaffold)):
+            return None
+        control = correction(site, keys, self._contact.order.extras) if work.scaffold else None
+        return _Corrections(self._adapted.trained(), self._values, work.proximal_mu, control)
+
+    def phases(self, epochs: int = 1) -> Iterator[int]:
+        """Go through the stretches of training that the method has, yielding the epochs of each.
+
+        ::
+
+            for epochs in session.phases(local_epochs):
+                train(session.model, loader, epochs)
+
+        pFedLoRU trains the global pair first, then the personal one; every other method has one stretch. A loop that
+        does not ask trains the first stretch alone.
+        """
+        for index, phase in enumerate(self._contact.method.phases(self._contact.site, epochs)):
+            if index:  # corrections are of the global model
+                self._adapted.train_only(phase.keys)
+                self._host.stop_correcting()
+            yield phase.epochs
+
+    def models(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield ``("", global model)`` and, where the client has a model of its own, ``("personal-", that model)``.
+
+        The names go before those of the metrics. FedSA-LoRA has no global model. For evaluation.
+        """
+        contact = self._contact
+        personal = contact.method.personal(contact.site)
+        if contact.method.has_global_model():
+            if personal is not None:
+                plain = ClientMethod()
+                self._adapted.use(plain.layout(contact.site))
+                self._adapted.write_values(plain.start(contact.site))
+            yield "", self.model
+        if personal is not None:
+            layout, values = personal
+            self._adapted.use(layout)
+            self._adapted.write_values(values)
+            yield "personal-", self.model
 
     def reply(self, metrics: Mapping[str, object]) -> Message:
         """Answer the message: the Trainables after training (or nothing but metrics after evaluation).
@@ -305,35 +480,63 @@ class LowRankSession:
                 has trained parameters that are frozen in this run.
         """
         _restore_generators()
-        weighted_by = self._order.settings.weighted_by
-        record = MetricRecord({name: _metric(name, value) for name, value in metrics.items()})
-        weight = record.get(weighted_by)
-        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise ValueError(
-                f"the metrics of a reply must hold {weighted_by!r}, the number of examples this client used, as a "
-                f"positive number; got {metrics.get(weighted_by)!r}"
-            )
-        if not self._trains:
-            self._adapted.stop_watching()
-            return Message(wire.reply_content(self._order, client=self.client, metrics=record), reply_to=self._message)
+        contact = self._contact
+        contact.metrics(metrics)
         silent = self._adapted.layers_without_gradient()
         self._adapted.stop_watching()
+        if not contact.trains:
+            return contact.evaluate_reply(metrics)
+        gradients = None
+        if self._corrections is not None:
+            self._host.stop_correcting()
+            gradients = self._corrections.mean_gradients()
         if touched := self._host.trained_frozen():
             raise ValueError(
                 f"the training loop has trained parameters that are frozen in this run: {', '.join(touched[:5])}; "
                 "leave requires_grad as the session sets it"
             )
-        if silent:
-            _log.warning("these factorised layers got no gradient in training: %s", ", ".join(silent))
-        content = wire.reply_content(
-            self._order,
-            client=self.client,
-            metrics=record,
-            tensors=self._adapted.read_trainables(),
-            statistics=self._adapted.read_statistics(),
-            silent_layers=silent,
-        )
-        return Message(content, reply_to=self._message)
+        result = LocalResult(self._adapted.read_values(), math.nan, gradients, silent)
+        return contact.train_reply(result, self._adapted.read_statistics(), metrics)
+
+
+class _Corrections:
+    """Corrects gradients as they are computed, and keeps the mean of what they were before."""
+
+    def __init__(
+        self,
+        trained: Mapping[str, nn.Parameter],
+        start: Mapping[str, Tensor],
+        proximal_mu: float,
+        control: Mapping[str, Tensor] | None,
+    ) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps: Counter[str] = Counter()
+        self._hooks = [
+            parameter.register_hook(self._hook(key, parameter, start[key], proximal_mu, (control or {}).get(key)))  # type: ignore[no-untyped-call]  # torch's is untyped
+            for key, parameter in trained.items()
+        ]
+
+    def _hook(
+        self, key: str, parameter: nn.Parameter, start: Tensor, mu: float, control: Tensor | None
+    ) -> Callable[[Tensor], Tensor]:
+        def correct(gradient: Tensor) -> Tensor:
+            plain = gradient.detach()
+            self._sums[key] = self._sums[key] + plain if key in self._sums else plain.clone()
+            self._steps[key] += 1
+            if mu:
+                gradient = gradient + mu * (parameter.detach() - start.to(parameter))
+            return gradient if control is None else gradient + control.to(parameter)
+
+        return correct
+
+    def stop(self) -> None:
+        """Leave the gradients alone from now on."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def mean_gradients(self) -> dict[str, Tensor]:
+        """The mean of the gradients as the loss gave them, by key."""
+        return {key: (total / self._steps[key]).cpu() for key, total in self._sums.items()}
 
 
 _outer_generators: GeneratorStates | None = None

@@ -63,14 +63,16 @@ def batches(count: int, batch_size: int, generator: torch.Generator, *, no_singl
     yield from chunks
 
 
-def train_locally(model: nn.Module, samples: Samples, how: LocalOptimisation, seed: int, device: torch.device) -> float:
+def train_locally(
+    model: nn.Module, samples: Samples, how: LocalOptimisation, generator: torch.Generator, device: torch.device
+) -> float:
     """Minimise the cross-entropy over the model's trainable parameters; return the mean loss of the last epoch.
 
     Args:
         model: changed in place; left on ``device``.
         samples: the client's training samples.
         how: the optimisation.
-        seed: of the order of the samples.
+        generator: of the order of the samples.
         device: where to train.
     """
     model.to(device).train()
@@ -82,7 +84,6 @@ def train_locally(model: nn.Module, samples: Samples, how: LocalOptimisation, se
         optimizer = torch.optim.AdamW(parameters, how.learning_rate, betas=betas, weight_decay=how.weight_decay)
     else:
         optimizer = torch.optim.SGD(parameters, how.learning_rate, momentum=how.momentum, weight_decay=how.weight_decay)
-    generator = torch.Generator().manual_seed(seed)
     no_single = has_batch_norm(model)
     if no_single and len(samples) == 1:
         _hold_batch_norm(model)

@@ -19,13 +19,14 @@ def partition(labels: np.ndarray, groups: Sequence[Any], config: DataConfig) -> 
         config: settings; ``seed`` decides the draw.
 
     Raises:
-        DataError: there are fewer samples, shards or column values than the clients need.
+        DataError: there are fewer samples, shards or (but for the glyphs) column values than the clients need.
     """
     _check_enough(len(labels), groups, config)
     # Ties (which samples of a class, which neighbours) are broken at random, not by the order of the file.
     order = generator("partition", config.seed).permutation(len(labels))
     if config.partition_column:
-        parts = _by_group([groups[index] for index in order], config)
+        by_group = _by_few_groups if config.dataset == "glyphs" else _by_group
+        parts = by_group([groups[index] for index in order], config)
     else:
         draw = {"iid": _iid, "dirichlet": _dirichlet, "shards": _shards}[config.partitioner]
         parts = draw(labels[order], config)
@@ -61,7 +62,8 @@ def _check_enough(num_samples: int, groups: Sequence[Any], config: DataConfig) -
         problem = f"{clients} clients need {clients * config.shards_per_client} shards of {num_samples} samples"
         remedy = f"Use at most {num_samples // clients}"
         raise fault("shards-per-client", config.shards_per_client, problem, remedy)
-    if config.partition_column and len(set(groups)) < clients:
+    # Glyphs are generated: dividing a font among clients is no mistake, dividing a writer would be.
+    if config.partition_column and config.dataset != "glyphs" and len(set(groups)) < clients:
         problem = f"the column has {len(set(groups))} distinct values for num-clients = {clients}"
         remedy = f"Use num-clients = {len(set(groups))} or fewer, or another partitioner"
         raise fault("partitioner", config.partitioner, problem, remedy)
@@ -107,6 +109,30 @@ def _by_group(groups: Sequence[Any], config: DataConfig) -> list[np.ndarray]:
     with contextlib.redirect_stderr(io.StringIO()):  # it draws a progress bar that cannot be switched off
         natural = _draw(NaturalIdPartitioner("label"), groups, len(set(groups)))
     return [np.concatenate(natural[client :: config.num_clients]) for client in range(config.num_clients)]
+
+
+def _by_few_groups(groups: Sequence[Any], config: DataConfig) -> list[np.ndarray]:
+    """Give each client samples of as few distinct values as possible, and clients about equally many samples.
+
+    At least as many clients as values: each value is cut into equal pieces, of one client each; one by one, clients
+    go to the value whose pieces are largest. Fewer: one by one, the largest value goes whole to the client that has
+    least. Ties go to the first in sorted order.
+    """
+    names, numbers = np.unique(np.array(groups), return_inverse=True)
+    values = [np.flatnonzero(numbers == number) for number in range(len(names))]
+    sizes = np.array([len(value) for value in values])
+    if config.num_clients >= len(values):
+        pieces = np.ones(len(values), dtype=np.int64)
+        for _ in range(config.num_clients - len(values)):
+            pieces[(sizes / pieces).argmax()] += 1
+        return [part for value, count in zip(values, pieces, strict=True) for part in np.array_split(value, count)]
+    hands: list[list[np.ndarray]] = [[] for _ in range(config.num_clients)]
+    held = np.zeros(config.num_clients, dtype=np.int64)
+    for number in np.argsort(-sizes, kind="stable"):
+        least = int(held.argmin())
+        hands[least].append(values[number])
+        held[least] += sizes[number]
+    return [np.concatenate(hand) for hand in hands]
 
 
 def _draw(partitioner: Any, labels: Any, num_parts: int) -> list[np.ndarray]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 PARTITIONERS = ("iid", "dirichlet", "shards", "column:<name>")
-SOURCES = ("digits", "local", "hub:<name>")
+SOURCES = ("digits", "local", "hub:<name>", "glyphs")
+GLYPH_CLASSES = 62
+GLYPH_COLUMNS = ("font", "style", "font-style")
 
 Label: TypeAlias = int | str
 
@@ -62,7 +64,7 @@ class DataConfig:
     """Where the samples come from and how clients share them; hashable, every field a flat scalar.
 
     Attributes:
-        dataset: ``"digits"``, ``"local"`` (the file or folder at ``data_path``) or ``"hub:<name>"``.
+        dataset: ``"digits"``, ``"local"`` (the file or folder at ``data_path``), ``"hub:<name>"`` or ``"glyphs"``.
         data_path: for ``"local"``: a CSV, JSON, JSON Lines or Parquet file, or a folder.
         partitioner: ``"iid"``, ``"dirichlet"``, ``"shards"`` or ``"column:<name>"``.
         num_clients: how many clients share the training part.
@@ -78,6 +80,10 @@ class DataConfig:
         num_classes: 0, or the number of classes, with integer labels used as they are.
         test_fraction: central test part of a source without a ``test`` split; it does not depend on ``seed``.
         held_out_fraction: part of each client's samples that it does not train on.
+        glyph_samples: how many glyphs to generate, the central test part included; at least two of each class.
+        glyph_size: height and width of a glyph's image in pixels, at least 8.
+        glyph_noise: standard deviation of the noise on a glyph's pixels, which are in [0, 1].
+        glyph_seed: of the glyphs; apart from ``seed``, so that runs over several seeds see one data set.
         seed: of the partitions and of each client's held-out part.
     """
 
@@ -94,6 +100,10 @@ class DataConfig:
     num_classes: int = 0
     test_fraction: float = 0.2
     held_out_fraction: float = 0.2
+    glyph_samples: int = 12000
+    glyph_size: int = 28
+    glyph_noise: float = 0.06
+    glyph_seed: int = 0
     seed: int = 0
 
     @property
@@ -178,6 +188,10 @@ def _check_choices(config: DataConfig) -> None:
     if config.dataset == "digits" and config.partition_column:
         remedy = "Use iid, dirichlet or shards, or a local or hub data set"
         raise fault("partitioner", config.partitioner, "the digits have no columns", remedy)
+    if config.dataset == "glyphs" and config.partition_column not in ("", *GLYPH_COLUMNS):
+        problem = f"the glyphs have no such column{closest(config.partition_column, GLYPH_COLUMNS)}"
+        remedy = f"Use {', '.join(f'column:{name}' for name in GLYPH_COLUMNS)}, iid, dirichlet or shards"
+        raise fault("partitioner", config.partitioner, problem, remedy)
 
 
 def _check_ranges(config: DataConfig) -> None:
@@ -186,14 +200,24 @@ def _check_ranges(config: DataConfig) -> None:
         ("shards-per-client", config.shards_per_client, 1),
         ("min-partition-size", config.min_partition_size, 2),
         ("num-classes", config.num_classes, 0),
+        ("glyph-samples", config.glyph_samples, 2 * GLYPH_CLASSES),
+        ("glyph-size", config.glyph_size, 8),
+        ("glyph-seed", config.glyph_seed, 0),
         ("seed", config.seed, 0),
     ):
         if number < least:
-            why = "; a client needs one sample to train on and one to hold out" if least == 2 else ""
+            why = {
+                "min-partition-size": "; a client needs one sample to train on and one to hold out",
+                "glyph-samples": f"; each of the {GLYPH_CLASSES} classes needs two, one to train on and one to test on",
+                "glyph-size": " pixels, too few to tell characters apart",
+            }.get(key, "")
             raise fault(key, number, f"below {least}{why}", f"Use an integer of at least {least}")
     if not 0 < config.dirichlet_alpha < float("inf"):
         remedy = "Use a number above 0, such as 0.5; the smaller, the more skewed"
         raise fault("dirichlet-alpha", config.dirichlet_alpha, "not a positive finite number", remedy)
+    if not 0 <= config.glyph_noise < float("inf"):
+        remedy = "Use a number from 0 (none), such as 0.06; pixels are in [0, 1]"
+        raise fault("glyph-noise", config.glyph_noise, "not a finite number of at least 0", remedy)
     for key, fraction in (
         ("test-fraction", config.test_fraction),
         ("held-out-fraction", config.held_out_fraction),

@@ -50,6 +50,7 @@ def load_source(config: DataConfig) -> Source:
         DataError: the source cannot be read, or its columns or labels are not what ``config`` says.
     """
     defaults = DataConfig()
+    is_generated = config.dataset == "glyphs"
     return _load_source(
         replace(
             config,
@@ -60,6 +61,10 @@ def load_source(config: DataConfig) -> Source:
             shards_per_client=defaults.shards_per_client,
             min_partition_size=defaults.min_partition_size,
             held_out_fraction=defaults.held_out_fraction,
+            glyph_samples=config.glyph_samples if is_generated else defaults.glyph_samples,
+            glyph_size=config.glyph_size if is_generated else defaults.glyph_size,
+            glyph_noise=config.glyph_noise if is_generated else defaults.glyph_noise,
+            glyph_seed=config.glyph_seed if is_generated else defaults.glyph_seed,
             seed=defaults.seed,
         )
     )
@@ -95,6 +100,10 @@ def read_own(path: str, config: DataConfig) -> dict[str, Split]:
 def _read(config: DataConfig) -> dict[str, Split]:
     if config.dataset == "digits":
         return {"train": _read_digits()}
+    if config.dataset == "glyphs":
+        from fedloru_flwr.data.glyphs import read_glyphs
+
+        return {"train": read_glyphs(config)}
     from fedloru_flwr.data.columns import read_splits
     from fedloru_flwr.data.tables import hub_tables, local_tables
 

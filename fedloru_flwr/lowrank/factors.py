@@ -5,9 +5,12 @@ and ``B (out, r, 1, ...)``, and its effective weight is ``W + s B A`` with ``s =
 product is that of the flattened factors, ``B (out, r) @ A (r, in * prod(kernel))``. Embeddings and GPT-2's
 ``Conv1D`` store the transpose ``(in, out)`` and are marked ``transposed``.
 
-An **adapter** is a flat ``dict[str, Tensor]`` holding ``<layer>.lora_A`` and ``<layer>.lora_B`` of every layer.
+An **adapter** is a flat ``dict[str, Tensor]`` holding, for every layer, ``<layer>.lora_A`` and ``<layer>.lora_B``; or
+the four parts of a Hadamard product ``(w1_a w1_b) * (w2_a w2_b)`` (FedPara, LoHa) at ``<layer>.hada_w1_a`` and so on;
+or the product itself, of the weight's shape, at ``<layer>.delta``. Whichever it is, the layer gains ``s`` times it.
 
-Source: FedLoRU (arXiv 2409.12371), section 4; the names of the factors are LoRA's (arXiv 2106.09685).
+Source: FedLoRU (arXiv 2409.12371), section 4; the names of the factors are LoRA's (arXiv 2106.09685), the Hadamard
+product is FedPara's (arXiv 2108.06098).
 """
 
 import math
@@ -23,6 +26,7 @@ from fedloru_flwr.lowrank.random import uniform
 
 Adapter = dict[str, Tensor]
 Kind = Literal["linear", "conv1d", "conv2d", "embedding"]
+HADAMARD_PARTS = ("w1_a", "w1_b", "w2_a", "w2_b")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,16 @@ class FactorisedLayer:
     def b_key(self) -> str:
         """The key of ``B`` in an adapter."""
         return f"{self.name}.lora_B"
+
+    @property
+    def delta_key(self) -> str:
+        """The key of a product that is not factorised."""
+        return f"{self.name}.delta"
+
+    @property
+    def hadamard_keys(self) -> tuple[str, str, str, str]:
+        """The keys of ``w1_a (out, r)``, ``w1_b (r, in_features)``, ``w2_a`` and ``w2_b``."""
+        return tuple(f"{self.name}.hada_{part}" for part in HADAMARD_PARTS)  # type: ignore[return-value]  # four
 
     @property
     def out_features(self) -> int:
@@ -116,14 +130,44 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def has_product(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> bool:
+    """Whether the adapter says what this layer gains."""
+    keys = ((layer.delta_key,), layer.hadamard_keys, (layer.a_key, layer.b_key))
+    return any(all(key in adapter for key in of) for of in keys)
+
+
 def product(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> Tensor:
-    """Return ``B A`` in the shape of the stored weight, in float32 (float64 stays), on the CPU.
+    """Return the adapter's product (``B A`` of a pair) in the stored weight's shape, in float32 (float64 stays).
 
     It is computed on one CPU thread, so that everyone who folds the same factors gets the same bits.
     """
-    a, b = layer.as_matrices(adapter[layer.a_key], adapter[layer.b_key])
+    if layer.delta_key in adapter:
+        return at_least_float32(adapter[layer.delta_key].detach().cpu())
     with single_thread():
+        if layer.hadamard_keys[0] in adapter:
+            w1_a, w1_b, w2_a, w2_b = (at_least_float32(adapter[key].detach().cpu()) for key in layer.hadamard_keys)
+            return layer.as_weight((w1_a @ w1_b) * (w2_a @ w2_b))
+        a, b = layer.as_matrices(adapter[layer.a_key], adapter[layer.b_key])
         return layer.as_weight(at_least_float32(b.detach().cpu()) @ at_least_float32(a.detach().cpu()))
+
+
+def as_pair(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return matrices ``A (R, in_features)`` and ``B (out_features, R)`` whose product is the adapter's.
+
+    A Hadamard product of rank ``r`` becomes a pair of rank ``r^2``: column ``(i, j)`` of ``B`` is
+    ``w1_a[:, i] * w2_a[:, j]``, row ``(i, j)`` of ``A`` is ``w1_b[i] * w2_b[j]``. A bare product goes with an identity.
+    """
+    if layer.delta_key in adapter:
+        dense = layer.as_matrix(at_least_float32(adapter[layer.delta_key]))
+        eye = torch.eye(layer.max_rank, dtype=dense.dtype, device=dense.device)
+        return (eye, dense) if layer.in_features == layer.max_rank else (dense, eye)
+    if layer.hadamard_keys[0] in adapter:
+        w1_a, w1_b, w2_a, w2_b = (at_least_float32(adapter[key]) for key in layer.hadamard_keys)
+        b = (w1_a[:, :, None] * w2_a[:, None, :]).reshape(layer.out_features, -1)
+        a = (w1_b[:, None, :] * w2_b[None, :, :]).reshape(-1, layer.in_features)
+        return a, b
+    a, b = layer.as_matrices(adapter[layer.a_key], adapter[layer.b_key])
+    return at_least_float32(a), at_least_float32(b)
 
 
 def fold(
@@ -161,10 +205,10 @@ def concatenate(adapters: Sequence[tuple[Mapping[str, Tensor], float]], layers: 
         raise ValueError("there is nothing to concatenate: pass at least one adapter")
     joined: Adapter = {}
     for layer in layers:
-        pairs = [layer.as_matrices(one[layer.a_key], one[layer.b_key]) for one, _ in adapters]
+        pairs = [as_pair(layer, one) for one, _ in adapters]
         scales = [scale for _, scale in adapters]
-        a = torch.cat([at_least_float32(a) for a, _ in pairs], dim=0)
-        b = torch.cat([at_least_float32(b) * s for (_, b), s in zip(pairs, scales, strict=True)], dim=1)
+        a = torch.cat([a for a, _ in pairs], dim=0)
+        b = torch.cat([b * s for (_, b), s in zip(pairs, scales, strict=True)], dim=1)
         rank = a.shape[0]
         if rank > layer.max_rank:
             with single_thread():
@@ -204,7 +248,9 @@ def truncate(layer: FactorisedLayer, weight: Tensor, rank: int) -> tuple[Tensor,
     return a, b, float(torch.linalg.vector_norm(s[rank:]))
 
 
-def initial_factors(layers: Sequence[FactorisedLayer], seed: int, version: int) -> Adapter:
+def initial_factors(
+    layers: Sequence[FactorisedLayer], seed: int, version: int, *, rank: int | None = None, label: str = "factors"
+) -> Adapter:
     """Return fresh factors whose product is zero, drawn from ``(seed, version, layer)``.
 
     Linear and convolution: ``A ~ U(-1/sqrt(in), 1/sqrt(in))``, ``B = 0`` (LoRA's initialisation, ``in`` counting the
@@ -213,15 +259,70 @@ def initial_factors(layers: Sequence[FactorisedLayer], seed: int, version: int) 
     Args:
         layers: the factorised layers.
         seed: the run's seed.
-        version: the number of accumulations so far, so that each restart draws anew.
+        version: the number of restarts so far, so that each draws anew.
+        rank: another rank than the layers'.
+        label: keeps the draws for one purpose apart from those for another.
     """
     adapter: Adapter = {}
     for layer in layers:
-        a, b = torch.zeros(layer.a_shape()), torch.zeros(layer.b_shape())
+        a, b = torch.zeros(layer.a_shape(rank)), torch.zeros(layer.b_shape(rank))
         if layer.kind == "embedding":
-            b = uniform(seed, "factors", version, layer.name, shape=b.shape, bound=math.sqrt(3.0))
+            b = uniform(seed, label, version, layer.name, shape=b.shape, bound=math.sqrt(3.0))
         else:
             bound = 1.0 / math.sqrt(layer.in_features)
-            a = uniform(seed, "factors", version, layer.name, shape=a.shape, bound=bound)
+            a = uniform(seed, label, version, layer.name, shape=a.shape, bound=bound)
         adapter[layer.a_key], adapter[layer.b_key] = a, b
     return adapter
+
+
+def initial_hadamard(layers: Sequence[FactorisedLayer], seed: int, version: int) -> Adapter:
+    """Return fresh parts of Hadamard products of zero: ``w2_b = 0``, the others ``U(-1/sqrt(n), 1/sqrt(n))``.
+
+    ``n`` is a part's number of columns, which is PEFT's initialisation.
+    """
+    adapter: Adapter = {}
+    for layer in layers:
+        for part, key in zip(HADAMARD_PARTS, layer.hadamard_keys, strict=True):
+            shape = (layer.out_features, layer.rank) if part.endswith("a") else (layer.rank, layer.in_features)
+            bound = 0.0 if part == "w2_b" else 1.0 / math.sqrt(shape[1])
+            adapter[key] = uniform(seed, "factors", version, layer.name, part, shape=shape, bound=bound)
+    return adapter
+
+
+def frozen_a(
+    layers: Sequence[FactorisedLayer], seed: int, version: int, *, orthonormal: bool, rank: int | None = None
+) -> Adapter:
+    """Return the ``A`` that one-sided methods share by seed and never train.
+
+    Args:
+        layers: the factorised layers.
+        seed: the run's seed.
+        version: the number of restarts so far.
+        orthonormal: rows of length 1 at right angles (FedLoRU's one-sided form), else LoRA's initial ``A``
+            (FFA-LoRA). An embedding's ``A`` is drawn in either way like a linear layer's.
+        rank: another rank than the layers'.
+    """
+    adapter: Adapter = {}
+    for layer in layers:
+        a = uniform(
+            seed,
+            "factors",
+            version,
+            layer.name,
+            shape=layer.a_shape(rank),
+            bound=1.0 / math.sqrt(layer.in_features),
+        )
+        adapter[layer.a_key] = _orthonormal_rows(a) if orthonormal else a
+    return adapter
+
+
+def _orthonormal_rows(a: Tensor) -> Tensor:
+    """Gram and Schmidt's process in float64, so that rounding to float32 gives the same on every machine."""
+    rows = a.reshape(len(a), -1).double()
+    done: list[Tensor] = []
+    for row in rows:
+        for _ in range(2):  # the second pass takes away what rounding has left
+            for other in done:
+                row = row - (row * other).sum() * other
+        done.append(row / (row * row).sum().sqrt())
+    return torch.stack(done).to(a.dtype).reshape(a.shape)

@@ -1,18 +1,22 @@
 """The ledger: what has been accumulated, in order, each entry named by a digest of the whole past.
 
-The root digest names ``W0``; an entry's digest is ``sha256(previous digest, scale, factors)``. So the last digest names
+The root digest names ``W0``; an entry's digest is ``sha256(previous digest, scale, draw, factors)``. So the last digest names
 the model's whole lineage, and two parties that hold the same digest hold the same model.
 """
 
 import hashlib
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedloru_flwr.lowrank.factors import Adapter
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def digest_tensors(tensors: Mapping[str, Tensor], *, salt: bytes = b"") -> str:
@@ -34,23 +38,50 @@ class Entry:
         digest: names the lineage that ends with this entry.
         previous: the digest before it (the root's for the first).
         scale: ``s``.
-        adapter: the factors.
+        adapter: the factors; of a one-sided method ``B`` alone.
+        draw: of a one-sided method the number of the draw that gives ``A``, see `frozen_a`; else 0.
     """
 
     digest: str
     previous: str
     scale: float
     adapter: Adapter
+    draw: int = 0
 
     @classmethod
-    def after(cls, previous: str, adapter: Adapter, scale: float) -> "Entry":
+    def after(cls, previous: str, adapter: Adapter, scale: float, draw: int = 0) -> "Entry":
         """Chain an adapter to the lineage ``previous``."""
-        salt = previous.encode() + struct.pack("<d", scale)
-        return cls(digest_tensors(adapter, salt=salt), previous, scale, adapter)
+        salt = previous.encode() + struct.pack("<dq", scale, draw)
+        return cls(digest_tensors(adapter, salt=salt), previous, scale, adapter, draw)
+
+    def link(self) -> dict[str, Any]:
+        """The entry without its tensors, as JSON can hold it."""
+        return {"digest": self.digest, "previous": self.previous, "scale": self.scale, "draw": self.draw}
+
+    @classmethod
+    def linked(cls, raw: Mapping[str, Any], adapter: Adapter) -> "Entry":
+        """The entry of a `link` and its tensors.
+
+        Raises:
+            ValueError: if it is malformed, or its digest does not belong to the content.
+        """
+        try:
+            digest, previous, scale, draw = raw["digest"], raw["previous"], float(raw["scale"]), raw["draw"]
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"a ledger entry lacks or mistypes {error}") from error
+        if not all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in (digest, previous)):
+            raise ValueError(
+                f"expected SHA-256 digests in hexadecimal, got {str(digest)[:80]!r}, {str(previous)[:80]!r}"
+            )
+        if type(draw) is not int or not 0 <= draw < 2**31:
+            raise ValueError(f"expected the number of a draw, got {str(draw)[:40]!r}")
+        entry = cls(digest, previous, scale, adapter, draw)
+        entry.verify()
+        return entry
 
     def verify(self) -> None:
         """Raise ``ValueError`` if the digest does not belong to the content."""
-        if Entry.after(self.previous, self.adapter, self.scale).digest != self.digest:
+        if Entry.after(self.previous, self.adapter, self.scale, self.draw).digest != self.digest:
             raise ValueError(f"ledger entry {self.digest[:12]} does not match its content: it is corrupt or forged")
 
 
@@ -76,9 +107,9 @@ class Ledger:
         """The number of accumulations."""
         return len(self.entries)
 
-    def append(self, adapter: Adapter, scale: float) -> "Ledger":
+    def append(self, adapter: Adapter, scale: float, draw: int = 0) -> "Ledger":
         """Return the ledger with one entry more."""
-        return Ledger(self.root, (*self.entries, Entry.after(self.lineage, adapter, scale)))
+        return Ledger(self.root, (*self.entries, Entry.after(self.lineage, adapter, scale, draw)))
 
     def missing(self, held: str) -> tuple[Entry, ...] | None:
         """The entries that somebody at lineage ``held`` lacks, oldest first; None if ``held`` is not of this ledger."""

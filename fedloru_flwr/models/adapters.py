@@ -6,12 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fedloru_flwr.lowrank import Adapter, Entry, FactorisedLayer, concatenate, fold
+from fedloru_flwr.lowrank.factors import HADAMARD_PARTS
+from fedloru_flwr.models.layout import Layout, nested_keys, personal_keys, shapes
 from fedloru_flwr.models.plan import AdapterPlan, exact_pattern, has_fused_transformer
 
 BaseMarks = dict[str, tuple[int, Tensor]]
 _TRAINED = "default"
+_PERSONAL = "personal"
 _LEDGER = "ledger"
 
 
@@ -19,89 +23,193 @@ class AdaptedModel:
     """A model with factor pairs attached after a plan, addressed by the plain model's names.
 
     The module passed in is changed in place and keeps its class and methods; its factorised layers become PEFT's LoRA
-    layers. Gradients are on for the plan's Trainables alone. PEFT's own merging is never used: it makes the
+    or LoHa layers. Gradients are on for what is trained alone. PEFT's own merging is never used: it makes the
     forward pass skip ``A`` and ``B``.
+
+    What a client trains beside the base are its **values**: the adapter tensors of the model's `Layout`, and the dense
+    leaves. In the plain layout of a form in which all of that is trained they are the Trainables.
 
     Args:
         module: the plain model.
         plan: made from this very model.
+        seed: the run's, from which a one-sided method's ``A`` is drawn.
     """
 
-    def __init__(self, module: nn.Module, plan: AdapterPlan) -> None:
+    def __init__(self, module: nn.Module, plan: AdapterPlan, seed: int = 0) -> None:
         self.module = module
         self.plan = plan
-        self._lora: dict[str, Any] = {}
+        self._seed = seed
+        self._layers: dict[str, Any] = {}
         self._parameters = dict(module.named_parameters())
         owners = {name: name.rpartition(".") for name in plan.statistics}
         self._owners = {name: (module.get_submodule(owner), local) for name, (owner, _, local) in owners.items()}
         self._seen: set[str] = set()
         self._watches: list[Any] = []
         self._rounded = False
-        if plan.layers:
+        with torch.no_grad():
+            for name, value in plan.base_of(self._parameters).items():
+                if value is not self._parameters[name]:
+                    self._parameters[name].copy_(value)
+        self._values = {name: self._parameters[name] for name in plan.dense_leaves}
+        self._built = {name: tensor.dtype for name, tensor in {**self._parameters, **self._statistics()}.items()}
+        self.layout = plan.layout()
+        if plan.adapted:
             self._attach()
+            self._find_values()
+        self._trained = tuple(plan.trainable_keys)
         self._set_gradients()
-        tensors = [*self._trainable(), *self._parameters.items(), *self._statistics().items()]
-        self._built = {name: tensor.dtype for name, tensor in tensors}
         if has_fused_transformer(module):
             # torch's fused encoder reads the base weights directly in eval mode and would ignore the adapters.
             torch.backends.mha.set_fastpath_enabled(False)
 
     def _attach(self) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
 
-        self._config = LoraConfig(
-            r=self.plan.layers[0].rank,
-            lora_alpha=self.plan.scale * self.plan.layers[0].rank,
-            lora_dropout=0.0,
-            bias="none",
-            target_modules=exact_pattern([layer.name for layer in self.plan.layers]),
-        )
+        names = exact_pattern([layer.name for layer in self.plan.adapted])
+        rank, alpha = self.layout.rank, self.layout.scale * self.layout.rank
+        if self.layout.family == "loha":
+            self._config: Any = LoHaConfig(r=rank, alpha=alpha, target_modules=names)  # type: ignore[arg-type]  # a number
+        else:
+            self._config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=names)  # type: ignore[arg-type]  # a number
         with warnings.catch_warnings():
             # PEFT warns of fan_in_fan_out for GPT-2's layer type and sets it right by itself.
             warnings.simplefilter("ignore")
             inject_adapter_in_model(self._config, self.module)
-        for layer in self.plan.layers:
-            lora = self._lora[layer.name] = self.module.get_submodule(layer.name)
-            _keep_attributes(lora)
-            _follow_convolution(layer, lora, _TRAINED)
-            for part in _pair(layer, lora, _TRAINED):
-                part.data = part.data.float() if part.dtype in (torch.float16, torch.bfloat16) else part.data
+        for layer in self.plan.adapted:
+            peft_layer = self._layers[layer.name] = self.module.get_submodule(layer.name)
+            _keep_attributes(peft_layer)
+            if self.layout.family == "lora":
+                _follow_convolution(layer, peft_layer, _TRAINED)
+                _in_float(_pair(layer, peft_layer, _TRAINED))
+
+    def use(self, layout: Layout) -> None:
+        """Give the model this layout; its adapter tensors are then undefined until `write_values`.
+
+        Raises:
+            ValueError: if a layer cannot have it: embeddings have no nested pairs.
+        """
+        if layout == self.layout:
+            return
+        if layout.family != self.layout.family or layout.scale != self.layout.scale:
+            raise ValueError(f"this model has adapters of {self.layout}, which cannot become {layout}")
+        for layer in self.plan.adapted:
+            peft_layer = self._layers[layer.name]
+            if self.layout.nested_rank:
+                for owner in _owners(layer, peft_layer):
+                    parametrize.remove_parametrizations(owner, "weight", leave_parametrized=False)
+            if layout.rank != self.layout.rank:
+                self._add(layer, _TRAINED, layout.rank, layout.scale)
+            if layout.personal_rank != self.layout.personal_rank or layout.personal_scale != self.layout.personal_scale:
+                if self.layout.personal_rank:
+                    peft_layer.delete_adapter(_PERSONAL)
+                if layout.personal_rank:
+                    self._add(layer, _PERSONAL, layout.personal_rank, layout.personal_scale)
+            if layout.nested_rank:
+                if layer.kind == "embedding":
+                    raise ValueError(f"{layer.name}: an embedding cannot have a nested pair; leave it out")
+                of = dict(shapes(layer, layout))
+                keys = nested_keys(layer)
+                for owner, (down, up) in zip(_owners(layer, peft_layer), (keys[:2], keys[2:]), strict=True):
+                    nested = _Nested(owner.weight, of[down], of[up], layout.nested_scale)
+                    parametrize.register_parametrization(owner, "weight", nested, unsafe=True)
+        self.layout = layout
+        self._activate()
+        self._find_values()
+        self._trained = tuple(key for key in self.plan.trainable_keys if key in self._values)
+        self._set_gradients()
+
+    def _add(self, layer: FactorisedLayer, adapter: str, rank: int, scale: float) -> None:
+        """Put a pair of this rank into a layer, in place of one of the same name."""
+        peft_layer = self._layers[layer.name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if self.layout.family == "loha":
+                peft_layer.update_layer(adapter, rank, scale * rank, config=self._config)
+                return
+            peft_layer.update_layer(adapter, rank, lora_alpha=scale * rank, config=self._config)
+        _follow_convolution(layer, peft_layer, adapter)
+        _in_float(_pair(layer, peft_layer, adapter))
+
+    def _activate(self) -> None:
+        """Have every adapter that is there take part."""
+        for layer in self.plan.adapted:
+            peft_layer = self._layers[layer.name]
+            if self.layout.family == "lora":
+                there = [name for name in (_TRAINED, _PERSONAL, _LEDGER) if name in peft_layer.r]
+                peft_layer.set_adapter(there)
+
+    def _find_values(self) -> None:
+        """Note which parameter lies under which key, and in which number format it was built."""
+        found: dict[str, nn.Parameter] = {}
+        for layer in self.plan.adapted:
+            peft_layer = self._layers[layer.name]
+            if self.layout.family == "loha":
+                parts = (getattr(peft_layer, f"hada_{part}")[_TRAINED] for part in HADAMARD_PARTS)
+                found |= dict(zip(layer.hadamard_keys, parts, strict=True))
+                continue
+            if self.layout.nested_rank:
+                a, b = (owner.parametrizations["weight"] for owner in _owners(layer, peft_layer))
+                found |= {layer.a_key: a.original, layer.b_key: b.original}
+                parts = (a[0].down, a[0].up, b[0].down, b[0].up)
+                found |= dict(zip(nested_keys(layer), parts, strict=True))
+            else:
+                found |= dict(zip((layer.a_key, layer.b_key), _pair(layer, peft_layer, _TRAINED), strict=True))
+            if self.layout.personal_rank:
+                found |= dict(zip(personal_keys(layer), _pair(layer, peft_layer, _PERSONAL), strict=True))
+        self._values = {**found, **{name: self._parameters[name] for name in self.plan.dense_leaves}}
+        for key, parameter in found.items():
+            self._built[key] = parameter.dtype
 
     def _set_gradients(self) -> None:
         for name in self.plan.base:
             self._parameters[name].requires_grad_(False)
-        for _, parameter in self._trainable():
-            parameter.requires_grad_(True)
+        for key, parameter in self._values.items():
+            parameter.requires_grad_(key in self._trained)
+
+    def train_only(self, keys: Sequence[str]) -> None:
+        """Switch gradients on for these values, and off for all others."""
+        self._trained = tuple(keys)
+        self._set_gradients()
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that have gradients, by key."""
+        return {key: self._values[key] for key in self._trained}
 
     def _statistics(self) -> dict[str, Tensor]:
         # Asked for anew each time: modules assign to their buffers, and so does moving a model to a device.
         return {name: getattr(owner, local) for name, (owner, local) in self._owners.items()}
 
-    def _trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
-        for layer in self.plan.layers:
-            a, b = _pair(layer, self._lora[layer.name], _TRAINED)
-            yield layer.a_key, a
-            yield layer.b_key, b
-        for name in self.plan.dense_leaves:
-            yield name, self._parameters[name]
-
-    def read_trainables(self) -> dict[str, Tensor]:
-        """A copy of the Trainables on the CPU, in their fixed order, in float32 (a float64 model's in float64)."""
-        return {key: _wire_copy(parameter, self._built[key]) for key, parameter in self._trainable()}
+    def read_values(self) -> dict[str, Tensor]:
+        """A copy of the values on the CPU, in their fixed order, in float32 (a float64 model's in float64)."""
+        return {key: _wire_copy(parameter, self._built[key]) for key, parameter in self._values.items()}
 
     @torch.no_grad()
+    def write_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load values, given in any order, without gradients left from before.
+
+        Raises:
+            ValueError: if keys or shapes are not the layout's.
+        """
+        _check_like(self._values, tensors, "trainable", ordered=False)
+        for key, parameter in self._values.items():
+            parameter.copy_(tensors[key])
+            parameter.grad = None
+        self._set_gradients()
+
+    def read_trainables(self) -> dict[str, Tensor]:
+        """A copy of the Trainables; see `read_values`."""
+        values = self.read_values()
+        return {key: values[key] for key in self.plan.trainable_keys}
+
     def write_trainables(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load Trainables, without gradients left from before; gradients are on for exactly them again.
+        """Load the Trainables in their fixed order, and train exactly them; see `write_values`.
 
         Raises:
             ValueError: if keys, order or shapes are not the plan's.
         """
-        mine = dict(self._trainable())
-        _check_like(mine, tensors, "trainable")
-        for key, parameter in mine.items():
-            parameter.copy_(tensors[key])
-            parameter.grad = None
-        self._set_gradients()
+        _check_like({key: self._values[key] for key in self.plan.trainable_keys}, tensors, "trainable")
+        self.train_only(self.plan.trainable_keys)
+        self.write_values({**self.read_values(), **tensors})
 
     def read_statistics(self) -> dict[str, Tensor]:
         """A copy of the running statistics on the CPU, in float32 (float64 stays)."""
@@ -130,39 +238,44 @@ class AdaptedModel:
     def fold(self, entry: Entry) -> None:
         """Fold one ledger entry into the base: ``W <- W + s B A``, in float32."""
         weights = {layer.weight_key: self._parameters[layer.weight_key] for layer in self.plan.layers}
-        folded = fold(weights, entry.adapter, self.plan.layers, entry.scale)
+        ((_, adapter),) = self._whole([entry])
+        folded = fold(weights, adapter, self.plan.layers, entry.scale)
         for name, parameter in weights.items():
             parameter.copy_(folded[name])
+
+    def _whole(self, entries: Sequence[Entry]) -> list[tuple[Entry, Adapter]]:
+        """Each entry with its whole adapter: one-sided entries hold ``B`` alone."""
+        return [(entry, self.plan.whole(entry.adapter, self._seed, entry.draw)) for entry in entries]
 
     @torch.no_grad()
     def stack(self, entries: Sequence[Entry]) -> None:
         """Hold these entries as one frozen adapter beside the untouched base (none: remove it)."""
         joined: Adapter = {}
         if entries:
-            joined = concatenate([(entry.adapter, entry.scale) for entry in entries], self.plan.layers)
-        for layer in self.plan.layers:
-            lora = self._lora[layer.name]
+            joined = concatenate([(adapter, entry.scale) for entry, adapter in self._whole(entries)], self.plan.layers)
+        for layer in self.plan.adapted:
+            lora = self._layers[layer.name]
             if not entries:
-                if _LEDGER in lora.r:
+                if self.layout.family == "lora" and _LEDGER in lora.r:
                     lora.delete_adapter(_LEDGER)
                 continue
-            rank = joined[layer.b_key].shape[1]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                lora.update_layer(_LEDGER, rank, lora_alpha=rank, config=self._config)
-            _follow_convolution(layer, lora, _LEDGER)
-            lora.set_adapter([_TRAINED, _LEDGER])
+            self._add(layer, _LEDGER, joined[layer.b_key].shape[1], 1.0)
             for part, key in zip(_pair(layer, lora, _LEDGER), (layer.a_key, layer.b_key), strict=True):
-                part.data = part.data.float() if part.dtype in (torch.float16, torch.bfloat16) else part.data
                 part.copy_(joined[key])
-                part.requires_grad_(False)
+        self._activate()
+        self._set_gradients()
+        if entries:
+            for layer in self.plan.adapted:
+                for part in _pair(layer, self._layers[layer.name], _LEDGER):
+                    part.requires_grad_(False)
 
     def watch_gradients(self) -> None:
         """Start watching which factorised layers get a gradient; see `layers_without_gradient`."""
         self.stop_watching()
         self._seen = set()
-        for key, parameter in self._trainable():
-            self._watches.append(_note_gradient(parameter, key, self._seen))
+        for key, parameter in self._values.items():
+            if parameter.requires_grad:
+                self._watches.append(_note_gradient(parameter, key, self._seen))
 
     def stop_watching(self) -> None:
         """Remove the watch."""
@@ -173,11 +286,12 @@ class AdaptedModel:
         """Factorised layers that got no gradient although others did since `watch_gradients`."""
         if not self._seen:
             return ()
-        return tuple(layer.name for layer in self.plan.layers if not self._seen & {layer.a_key, layer.b_key})
+        keys = {layer: {key for key, _ in shapes(layer, self.layout)} for layer in self.plan.adapted}
+        return tuple(layer.name for layer, its in keys.items() if not self._seen & its)
 
     def restore_dtypes(self) -> bool:
         """Give every tensor the number format it was built with; say whether a user's loop had changed the base's."""
-        for tensors in (dict(self._trainable()), self._statistics(), self._parameters):
+        for tensors in (self._values, self._statistics(), self._parameters):
             for name, tensor in tensors.items():
                 if tensor.dtype != self._built[name]:
                     tensor.data = tensor.data.to(self._built[name])
@@ -221,6 +335,32 @@ def _pair(layer: FactorisedLayer, lora: Any, adapter: str) -> tuple[nn.Parameter
     if layer.kind == "embedding":
         return lora.lora_embedding_A[adapter], lora.lora_embedding_B[adapter]
     return lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
+
+
+def _owners(layer: FactorisedLayer, lora: Any) -> tuple[Any, Any]:
+    """The modules that hold ``A`` and ``B`` as their weights."""
+    return lora.lora_A[_TRAINED], lora.lora_B[_TRAINED]
+
+
+def _in_float(parts: Iterable[nn.Parameter]) -> None:
+    """Hold factors of a half-precision layer in float32."""
+    for part in parts:
+        if part.dtype in (torch.float16, torch.bfloat16):
+            part.data = part.data.float()
+
+
+class _Nested(nn.Module):
+    """``X -> X + s D U``."""
+
+    def __init__(self, weight: Tensor, down: tuple[int, ...], up: tuple[int, ...], scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.down = nn.Parameter(weight.new_zeros(down))
+        self.up = nn.Parameter(weight.new_zeros(up))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        nested = self.down.flatten(1) @ self.up.flatten(1)
+        return weight + self.scale * nested.reshape(weight.shape)
 
 
 def _keep_attributes(lora: Any) -> None:

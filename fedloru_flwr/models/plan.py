@@ -6,14 +6,25 @@ and only the settings travel.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fedloru_flwr.lowrank import FactorisedLayer, derive_seed, seeded
+from fedloru_flwr.lowrank import (
+    Adapter,
+    FactorisedLayer,
+    derive_seed,
+    frozen_a,
+    initial_factors,
+    initial_hadamard,
+    seeded,
+)
 from fedloru_flwr.lowrank.factors import Kind
+from fedloru_flwr.lowrank.forms import FORMS, Family, Form
+from fedloru_flwr.models.layout import Layout, shared_keys
 
 TargetModules = str | Sequence[str] | None
 _KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
@@ -35,6 +46,15 @@ class PlanError(ValueError):
 class AdapterPlan:
     """What of a model travels, and as what.
 
+    A plan has a **form**:
+
+    - ``full``: nothing is factorised; every trainable parameter is a dense leaf.
+    - ``factors``: pairs ``A``, ``B`` beside a frozen ``W`` (LoRA).
+    - ``hadamard``: the four parts of a Hadamard product beside it (LoHa).
+    - ``one-sided``, ``one-sided-orthonormal``: ``A`` is drawn from the run's seed, only ``B`` is trained.
+    - ``from-zero``: as ``factors``, but ``W = 0``: the pair is the whole weight (FedHM).
+    - ``compressed``: every parameter is trained as it is, and the layers' updates are sent as pairs.
+
     Attributes:
         layers: the factorised layers, in the model's order.
         dense_leaves: parameters trained as they are (norms, biases, stem, head), in the model's order.
@@ -42,6 +62,7 @@ class AdapterPlan:
         base: the frozen rest of the parameters, among them the factorised weights ``W``.
         scale: ``s = alpha / rank``.
         notes: what was left dense and why, for people.
+        form: see above.
     """
 
     layers: tuple[FactorisedLayer, ...]
@@ -50,16 +71,73 @@ class AdapterPlan:
     base: tuple[str, ...]
     scale: float
     notes: tuple[str, ...] = ()
+    form: Form = "factors"
+
+    @property
+    def family(self) -> Family:
+        """The adapters' family."""
+        return "loha" if self.form == "hadamard" else "lora"
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether ``A`` is drawn, not trained."""
+        return self.form in ("one-sided", "one-sided-orthonormal")
+
+    @property
+    def adapted(self) -> tuple[FactorisedLayer, ...]:
+        """The layers that have adapters while a client trains."""
+        return () if self.form == "compressed" else self.layers
 
     @property
     def factor_keys(self) -> tuple[str, ...]:
-        """Keys of the adapter: ``A`` then ``B`` of each layer."""
-        return tuple(key for layer in self.layers for key in (layer.a_key, layer.b_key))
+        """Keys of the adapter that is trained: ``A`` then ``B`` of each layer, in the plain form."""
+        if self.one_sided:
+            return tuple(layer.b_key for layer in self.layers)
+        return tuple(key for layer in self.adapted for key in shared_keys(layer, self.family))
 
     @property
     def trainable_keys(self) -> tuple[str, ...]:
         """Keys of the Trainables in their fixed order: the adapter, then the dense leaves."""
         return (*self.factor_keys, *self.dense_leaves)
+
+    def layout(self, rank: int | None = None) -> Layout:
+        """What a client's model of this rank (by default the layers' own) holds beside the base."""
+        own = self.adapted[0].rank if self.adapted else 0
+        return Layout(rank=own if rank is None or not own else rank, scale=self.scale, family=self.family)
+
+    def base_of(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The frozen parameters among a plain model's values, as this form starts from them."""
+        zero = {layer.weight_key for layer in self.layers} if self.form == "from-zero" else set()
+        return {name: torch.zeros_like(values[name]) if name in zero else values[name] for name in self.base}
+
+    def fresh(self, seed: int, draw: int, rank: int | None = None) -> Adapter:
+        """A fresh adapter, of product zero: the keys are `factor_keys`.
+
+        Args:
+            seed: the run's seed.
+            draw: the number of restarts so far.
+            rank: another rank than the layers'.
+        """
+        if self.form == "hadamard":
+            return initial_hadamard(self.adapted, seed, draw)
+        if self.one_sided:
+            return {layer.b_key: torch.zeros(layer.b_shape(rank)) for layer in self.layers}
+        return initial_factors(self.adapted, seed, draw, rank=rank)
+
+    def whole(self, adapter: Mapping[str, Tensor], seed: int, draw: int) -> dict[str, Tensor]:
+        """An adapter with what is drawn and not sent: a one-sided method's ``A``, of the rank that ``B`` has."""
+        if not self.one_sided or not adapter:
+            return dict(adapter)
+        drawn: Adapter = {}
+        for layer in self.layers:
+            if layer.b_key not in adapter:
+                continue  # not a factor pair
+            b = adapter[layer.b_key]
+            a = frozen_a(
+                [layer], seed, draw, orthonormal=self.form == "one-sided-orthonormal", rank=b.shape[1]
+            )
+            drawn |= {key: value.to(b.dtype) for key, value in a.items()}
+        return {**drawn, **adapter}
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
@@ -251,20 +329,39 @@ def plan_adapter(
 
 def plan_model(
     model: nn.Module,
-    factorised: bool,
+    form: Form,
     rank: int,
     alpha: float,
     target_modules: TargetModules,
     dense_leaves: str | Sequence[str],
 ) -> AdapterPlan:
-    """The plan that a run's settings ask for: `plan_adapter` of a factor-based method, else `plan_full`."""
-    return plan_adapter(model, rank, alpha, target_modules, dense_leaves) if factorised else plan_full(model)
+    """The plan that a run's settings ask for: `plan_adapter`, or `plan_full` for the form ``full``.
+
+    Raises:
+        PlanError: see `plan_adapter`; or a layer cannot have the form's adapters.
+    """
+    if form not in FORMS:
+        raise PlanError(f"unknown form of adapters {form!r}: expected one of {', '.join(FORMS)}")
+    if form == "full":
+        return plan_full(model)
+    if form == "compressed":
+        layers = plan_adapter(model, rank, alpha, target_modules).layers
+        return replace(plan_full(model), layers=layers, form=form)
+    plan = plan_adapter(model, rank, alpha, target_modules, dense_leaves)
+    if form == "hadamard":
+        odd = [layer.name for layer in plan.layers if layer.kind == "embedding" or layer.transposed]
+        if odd:
+            raise PlanError(
+                f"target-modules: {', '.join(odd)} cannot have Hadamard factors (PEFT's LoHa knows linear and "
+                "convolutional layers): leave them out, or use factors"
+            )
+    return replace(plan, form=form, scale=1.0 if form == "from-zero" else plan.scale)
 
 
 def plan_full(model: nn.Module) -> AdapterPlan:
     """The plan of full-rank training: nothing is factorised, every trainable parameter is a dense leaf."""
     _check_initialised(model)
-    plan = _sort_rest(model, (), 1.0, "all", ())
+    plan = replace(_sort_rest(model, (), 1.0, "all", ()), form="full")
     if not plan.dense_leaves:
         raise PlanError("the model has no trainable parameter: every one has requires_grad = False")
     return plan

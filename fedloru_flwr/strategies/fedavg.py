@@ -32,7 +32,8 @@ class FedAvg(FederatedStrategy):
         **common: Unpack[CommonOptions],
     ) -> None:
         settings = wire.Settings(
-            factorised=False,
+            method="plain",
+            form="full",
             rank=0,
             alpha=0.0,
             target_modules=(),

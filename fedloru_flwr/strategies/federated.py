@@ -6,13 +6,17 @@ complete its message, judge the replies, let the inner strategy aggregate the go
 returns as the truth, accumulate if due, evaluate, save.
 """
 
+import math
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol, TypedDict
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -21,14 +25,19 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
 from fedloru_flwr import wire
-from fedloru_flwr.lowrank import AccumulationSchedule, digest_tensors, weighted_mean
-from fedloru_flwr.models.plan import TargetModules, as_names, build_seeded, plan_model
+from fedloru_flwr.clients.method import client_method
+from fedloru_flwr.lowrank import AccumulationSchedule, FactorisedLayer, aggregation_error, digest_tensors, weighted_mean
+from fedloru_flwr.lowrank.factors import has_product
+from fedloru_flwr.models.plan import build_seeded, plan_model
 from fedloru_flwr.runs import RunDirectory, round_line, versions
 from fedloru_flwr.strategies.inner import InnerStrategy, plain_average
 from fedloru_flwr.strategies.judging import Expected, Rejected, judge, reject_odd_metrics
 from fedloru_flwr.strategies.orders import Bill, Orders
+from fedloru_flwr.strategies.ranks import RankMap
 from fedloru_flwr.strategies.roster import Roster, RosterError
+from fedloru_flwr.strategies.spread import spread
 from fedloru_flwr.strategies.state import (
+    Outcome,
     Reinit,
     ServerState,
     initial_state,
@@ -68,6 +77,11 @@ class CommonOptions(TypedDict, total=False):
     max_failure_fraction: float
     observer: Observer | None
     enrol: bool
+    proximal_mu: float
+    scaffold: bool
+    evaluate_every: int
+    evaluate_all_at_end: bool
+    measure_aggregation: bool
     fraction_train: float
     fraction_evaluate: float
     min_train_nodes: int
@@ -85,12 +99,26 @@ class _Exchange:
     def __init__(self) -> None:
         self.drawn: list[str] = []
         self.arrays_key = wire.ARRAYS
+        self.work: dict[str, wire.Work] = {}
         self.good: dict[str, tuple[Message, wire.Reply]] = {}
         self.failures: dict[str, str] = {}
 
 
+@dataclass(frozen=True)
+class Received:
+    """One client's good reply: what it was to do, what it sent, and its weight."""
+
+    work: wire.Work
+    tensors: Mapping[str, Tensor]
+    weight: float
+
+
 class FederatedStrategy(Strategy):
     """Abstract base of the package's strategies: the loop, the wire, the books.
+
+    A method overrides what differs from averaging Trainables: `_payload` (what a client gets), `_reply_like` (what it
+    sends), `_common_form` (what the inner strategy averages), `_adapter_of` (the factors a reply stands for) and
+    `_settle` (what the server makes of it all). It declares in `refused` what it cannot be combined with, and why.
 
     Args:
         model: a factory (a class or a function without arguments), built under ``seed``; or an instance.
@@ -105,8 +133,14 @@ class FederatedStrategy(Strategy):
         checkpoint_every: rounds between checkpoints (one is also written at accumulations and at the end).
         max_failure_fraction: a training round in which more of the participants fail stops the run.
         observer: told of progress.
+        ranks: which client trains at which rank; None: all at the settings'.
         enrol: ask clients for their identity before round 1 by a query (the package's client app answers it); without
             it, identities come with the first replies.
+        proximal_mu: FedProx's ``mu``: clients add ``mu / 2 ||w - w_0||^2`` to their loss; 0: none.
+        scaffold: exchange SCAFFOLD's control variates for what is trained.
+        evaluate_every: rounds between federated evaluations.
+        evaluate_all_at_end: the last round's evaluation is on all clients.
+        measure_aggregation: note the aggregation error of every layer and round.
         fraction_train: share of the connected clients that train in a round, rounded down.
         fraction_evaluate: share of them that evaluate.
         min_train_nodes: but at least so many.
@@ -124,6 +158,8 @@ class FederatedStrategy(Strategy):
     """
 
     algorithm: ClassVar[str]
+    refused: ClassVar[Mapping[str, str]] = {}
+    has_global_model: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -140,6 +176,12 @@ class FederatedStrategy(Strategy):
         max_failure_fraction: float = 0.5,
         observer: Observer | None = None,
         enrol: bool = False,
+        ranks: RankMap | None = None,
+        proximal_mu: float = 0.0,
+        scaffold: bool = False,
+        evaluate_every: int = 1,
+        evaluate_all_at_end: bool = False,
+        measure_aggregation: bool = True,
         fraction_train: float = 1.0,
         fraction_evaluate: float = 1.0,
         min_train_nodes: int = 2,
@@ -159,8 +201,11 @@ class FederatedStrategy(Strategy):
                 raise ValueError(f"{name} must be between 0 and 1, got {value}")
         if fraction_train == 0.0:
             raise ValueError("fraction_train is 0: nobody would train; give a fraction above 0")
-        if checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1 round, got {checkpoint_every}")
+        for name, every in (("checkpoint_every", checkpoint_every), ("evaluate_every", evaluate_every)):
+            if every < 1:
+                raise ValueError(f"{name} must be at least 1 round, got {every}")
+        if not 0.0 <= proximal_mu < math.inf:
+            raise ValueError(f"proximal_mu must be a number of at least 0, got {proximal_mu}")
         if num_clients is not None and num_clients < 1:
             raise ValueError(f"num_clients must be at least 1, got {num_clients}")
         if reinit not in ("reset", "keep"):
@@ -169,7 +214,7 @@ class FederatedStrategy(Strategy):
             raise ValueError(f"accumulate_into must be 'merge' or 'stack', got {settings.accumulate_into!r}")
         self._model = deepcopy(model) if isinstance(model, nn.Module) else _build_undisturbed(model, settings.seed)
         s = settings
-        self.plan = plan_model(self._model, s.factorised, s.rank, s.alpha, s.target_modules, s.dense_leaves)
+        self.plan = plan_model(self._model, s.form, s.rank, s.alpha, s.target_modules, s.dense_leaves)
         self.settings = settings
         self.schedule = schedule
         self.reinit = reinit
@@ -191,8 +236,15 @@ class FederatedStrategy(Strategy):
                 f"the inner strategy weighs replies by {self.inner.weighted_by!r}, this strategy by "
                 f"{settings.weighted_by!r}: give weighted_by_key={self.inner.weighted_by!r} here too"
             )
+        self.ranks = ranks or RankMap(None, settings.rank)
+        self.proximal_mu = proximal_mu
+        self.scaffold = scaffold
+        self._refuse_combinations()
         self.num_clients = num_clients
         self.checkpoint_every = checkpoint_every
+        self.evaluate_every = evaluate_every
+        self._evaluate_all_at_end = evaluate_all_at_end
+        self._measure_aggregation = measure_aggregation
         self.max_failure_fraction = max_failure_fraction
         self.observer = observer
         self.fraction_train = fraction_train
@@ -210,13 +262,71 @@ class FederatedStrategy(Strategy):
         self._silent: set[str] = set()
         self._evaluation_off = False
         self._just_accumulated = False
+        self._errors: dict[str, float] = {}
+        self._token = secrets.token_hex(8)
+        self._counted: dict[str, int] = {}
+        self._counted_before: list[dict[str, int]] = []
         self._result = Result()
         self._previous: dict[str, Any] | None = None
         self._first_round = 0
-        self.state = initial_state(self._model, self.plan, self.seed)
+        self.state = self._initial_state()
         self._root_base = self.state.base
         for note in self.plan.notes:
             log(INFO, "%s", note)
+
+    # --- what a method may override --------------------------------------------------------------------------------
+
+    @property
+    def _keeps_client_state(self) -> bool:
+        """Whether clients keep something of their own from round to round."""
+        return self.scaffold or client_method(self.settings.method).keeps_state
+
+    def _initial_state(self) -> ServerState:
+        """The state before round 1."""
+        return initial_state(self._model, self.plan, self.seed)
+
+    def _half(self, server_round: int) -> wire.Half:
+        """Which half of each pair is trained in a round."""
+        return "both"
+
+    def _payload(self, work: wire.Work) -> dict[str, Tensor]:
+        """The arrays for a client."""
+        return dict(self.state.trainables)
+
+    def _reply_like(self, work: wire.Work) -> dict[str, Tensor]:
+        """Tensors of the keys, order, shapes and dtypes that the client's reply must have."""
+        return {key: value for key, value in self.state.trainables.items() if not wire.is_frozen(key, work.half)}
+
+    def _common_form(self, work: wire.Work, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A reply as the inner strategy averages it: the keys and shapes of the state's trainables."""
+        if len(tensors) == len(self.state.trainables):
+            return dict(tensors)
+        return {key: tensors.get(key, value) for key, value in self.state.trainables.items()}
+
+    def _adapter_of(self, received: Received) -> Mapping[str, Tensor]:
+        """The adapter that a client trained, whole."""
+        return self.plan.whole(self._common_form(received.work, received.tensors), self.seed, self.state.draw)
+
+    def _settle(self, mean: Mapping[str, Tensor], replies: Sequence[Received]) -> Outcome:
+        """What the server makes of the round: the mean, and nothing but the mean."""
+        half = replies[0].work.half
+        trainables = {
+            key: value if wire.is_frozen(key, half) else mean[key] for key, value in self.state.trainables.items()
+        }
+        return Outcome(trainables, applied=self.plan.whole(trainables, self.seed, self.state.draw))
+
+    def _refuse_combinations(self) -> None:
+        """Refuse what makes no sense together, with the reason."""
+        asked = {
+            "inner": None if self.inner.is_plain() else f"inner={type(self.inner.strategy).__name__}",
+            "scaffold": "scaffold=True" if self.scaffold else None,
+            "ranks": None if self.ranks.uniform else "clients of different ranks",
+            "stack": "accumulate_into='stack'" if self.settings.accumulate_into == "stack" else None,
+            "keep": "reinit='keep'" if self.reinit == "keep" else None,
+        }
+        for what, reason in self.refused.items():
+            if asked.get(what):
+                raise ValueError(f"{type(self).__name__} cannot be combined with {asked[what]}: {reason}")
 
     # --- what users call -------------------------------------------------------------------------------------------
 
@@ -226,7 +336,7 @@ class FederatedStrategy(Strategy):
 
     def merged_state_dict(self) -> dict[str, Tensor]:
         """The whole model as it is now, with the keys, shapes and dtypes of the plain model's state dict."""
-        return merged_state_dict(self.state, self._model, self.plan)
+        return merged_state_dict(self.state, self._model, self.plan, self.seed)
 
     def central_evaluation(self, evaluate: Callable[[int, nn.Module], Mapping[str, Any] | None]) -> EvaluateFunction:
         """Turn a function of (round, model) into an ``evaluate_fn`` for `start`.
@@ -321,7 +431,7 @@ class FederatedStrategy(Strategy):
         started = time.monotonic()
         if not any(self.schedule.due(t) for t in range(1, num_rounds + 1)) and self.schedule.accumulates:
             log(WARNING, "no accumulation falls into the %d rounds of this run: it is FedLoRA", num_rounds)
-        if self.state.server_round == 0 and evaluate_fn is not None:
+        if self.state.server_round == 0 and evaluate_fn is not None and self.has_global_model:
             self._record({"round": 0}, evaluate_fn, num_rounds, started)
         self._roster.wait(grid, self.num_clients, self._min_available, timeout)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
@@ -331,7 +441,8 @@ class FederatedStrategy(Strategy):
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
             result.arrays = wire.to_record(self.state.trainables)
-            evaluated, num_evaluated = self._evaluate(grid, server_round, evaluate_config or ConfigRecord(), timeout)
+            last = server_round == num_rounds
+            evaluated, clients = self._evaluate(grid, server_round, evaluate_config or ConfigRecord(), timeout, last)
             if evaluated is not None:
                 result.evaluate_metrics_clientapp[server_round] = evaluated
             row = {
@@ -343,8 +454,11 @@ class FederatedStrategy(Strategy):
                 "clients_failed": len(exchange.failures),
                 "failures": dict(sorted(exchange.failures.items())),
             }
-            if num_evaluated:
-                row["clients_evaluated"] = num_evaluated
+            if clients:
+                row["clients_evaluated"] = clients.pop("asked")
+                row["clients"] = clients
+            if self._errors:
+                row["aggregation_error"] = self._errors
             self._record(row, evaluate_fn, num_rounds, started, begun)
             self._remember()
             self._stop_if_too_many_failed(server_round, exchange)
@@ -403,52 +517,129 @@ class FederatedStrategy(Strategy):
         self, grid: Grid, server_round: int, config: ConfigRecord, timeout: float
     ) -> tuple[_Exchange, MetricRecord | None]:
         exchange = self._exchange(grid, "train", server_round, config, timeout)
-        replies = self._for_inner(exchange)
-        arrays, metrics = self.inner.aggregate_train(server_round, replies) if replies else (None, None)
-        statistics: dict[str, Tensor] = {}
-        if arrays is not None and self.plan.statistics:
-            weights = [self._weight(reply) for _, reply in exchange.good.values()]
-            statistics = weighted_mean([reply.statistics for _, reply in exchange.good.values()], weights)
-        before = self.state.ledger.version
+        replies = [
+            Received(exchange.work[client], reply.tensors, self._weight(reply))
+            for client, (_, reply) in exchange.good.items()
+        ]
+        outcome, metrics, statistics = None, None, {}
+        if replies:
+            arrays, metrics = self.inner.aggregate_train(server_round, self._for_inner(exchange))
+            if arrays is not None:
+                outcome = self._settle(self._as_trainables(arrays), replies)
+        self._errors = self._aggregation_errors(outcome, replies)
+        if outcome is not None and self.plan.statistics:
+            averaged = [reply.statistics for _, reply in exchange.good.values()]
+            statistics = weighted_mean(averaged, [reply.weight for reply in replies])
+        before = self.state
+        if outcome is not None and self.scaffold:
+            self._update_control([reply.extras for _, reply in exchange.good.values()])
         self.state = step(
             self.state,
             server_round,
-            None if arrays is None else self._as_trainables(arrays),
+            outcome,
             statistics,
             plan=self.plan,
             accumulate_now=self.schedule.due(server_round),
             reinit=self.reinit,
             seed=self.seed,
         )
-        self._just_accumulated = self.state.ledger.version > before
+        if self.state.draw > before.draw:
+            self.inner.restart(list(self.state.trainables), set(self.plan.factor_keys))
+        self._just_accumulated = self.schedule.due(server_round) and self.state.ledger.version > before.ledger.version
+        if outcome is not None:
+            self._counted |= dict.fromkeys(exchange.good, server_round)
         silent = {layer for _, reply in exchange.good.values() for layer in reply.silent_layers} - self._silent
         if silent:
             self._silent |= silent
             log(WARNING, "these factorised layers got no gradient on some clients: %s", ", ".join(sorted(silent)))
         return exchange, metrics
 
+    def _aggregation_errors(self, outcome: Outcome | None, replies: Sequence[Received]) -> dict[str, float]:
+        """``||mean(B_k A_k) - D|| / ||mean(B_k A_k)||`` for every layer whose products the server knows."""
+        if outcome is None or not self._measure_aggregation:
+            return {}
+        adapters = [self._adapter_of(reply) for reply in replies]
+        weights = [reply.weight for reply in replies]
+
+        def known(layer: FactorisedLayer) -> bool:
+            return all(has_product(layer, adapter) for adapter in (*adapters, outcome.applied))
+
+        parts = {layer: _keys_of(layer) for layer in self.plan.layers if known(layer)}
+        return {
+            layer.name: aggregation_error(
+                layer,
+                [{key: adapter[key] for key in keys if key in adapter} for adapter in adapters],
+                weights,
+                {key: outcome.applied[key] for key in keys if key in outcome.applied},
+            )
+            for layer, keys in parts.items()
+        }
+
+    def _update_control(self, changes: Sequence[Mapping[str, Tensor]]) -> None:
+        """SCAFFOLD's ``c <- c + 1/K sum_k (c_k' - c_k)`` over the round's clients, ``K`` counting all of them."""
+        total = max(self.num_clients or len(self._roster), len(changes))
+        control = dict(self.state.control)
+        for name in changes[0]:
+            key = name.removeprefix(wire.CONTROL)
+            gained = sum((change[name] for change in changes), torch.zeros(())) / total
+            control[key] = control[key] + gained if key in control else gained
+        self.state = replace(self.state, control=control)
+
+    def _control(self, half: wire.Half) -> dict[str, Tensor]:
+        """``c`` of what is trained in a round, as it is sent."""
+        like = self._reply_like(wire.Work(half=half))
+        zero = {key: torch.zeros_like(value) for key, value in like.items()}
+        return {f"{wire.CONTROL}{key}": self.state.control.get(key, zero[key]) for key in like}
+
     def _evaluate(
-        self, grid: Grid, server_round: int, config: ConfigRecord, timeout: float
-    ) -> tuple[MetricRecord | None, int]:
-        """Federated evaluation: the aggregated metrics and how many clients were asked."""
-        if self.fraction_evaluate == 0.0 or self._evaluation_off:
-            return None, 0
-        exchange = self._exchange(grid, "evaluate", server_round, config, timeout)
+        self, grid: Grid, server_round: int, config: ConfigRecord, timeout: float, last: bool
+    ) -> tuple[MetricRecord | None, dict[str, Any]]:
+        """Federated evaluation: the aggregated metrics; and how they spread over how many clients."""
+        off = self.fraction_evaluate == 0.0 and (self.has_global_model or not last)
+        if off or self._evaluation_off or not (last or server_round % self.evaluate_every == 0):
+            return None, {}
+        everybody = last and self._evaluate_all_at_end
+        exchange = self._exchange(grid, "evaluate", server_round, config, timeout, everybody=everybody)
         reasons = list(exchange.failures.values())
         if reasons and not exchange.good and all("No evaluate function registered" in reason for reason in reasons):
             log(WARNING, "the client app has no evaluate function: federated evaluation is off (fraction_evaluate=0)")
             self._evaluation_off = True
-            return None, len(exchange.drawn)
+            return None, {"asked": len(exchange.drawn)}
         for client, reason in exchange.failures.items():
             log(WARNING, "evaluation on client %s failed: %s", client, reason)
         replies = self._for_inner(exchange)
         metrics = self.inner.aggregate_evaluate(server_round, replies) if replies else None
-        return metrics, len(exchange.drawn)
+        counted = {self.settings.weighted_by}
+        spreads = spread([reply.metrics for _, reply in exchange.good.values()], without=counted)
+        return metrics, {"asked": len(exchange.drawn), **spreads}
 
-    def _exchange(self, grid: Grid, phase: str, server_round: int, config: ConfigRecord, timeout: float) -> _Exchange:
+    def _assign(self, client: str, server_round: int, half: wire.Half) -> wire.Work:
+        """What a client is to do."""
+        work = wire.Work(draw=self.state.draw, half=half, proximal_mu=self.proximal_mu, scaffold=self.scaffold)
+        if not self.ranks.uniform or self._roster.budget(client):
+            work = replace(work, rank=self.ranks.of(client, self._roster.budget(client)))
+        if self._keeps_client_state:
+            counted = self._counted.get(client, 0)
+            safe = counted if self._run is None else 0
+            if len(self._counted_before) > 1:
+                safe = self._counted_before[0].get(client, 0)
+            work = replace(work, run=self._token, counted=counted, keep_from=safe)
+        return work
+
+    def _exchange(
+        self,
+        grid: Grid,
+        phase: str,
+        server_round: int,
+        config: ConfigRecord,
+        timeout: float,
+        *,
+        everybody: bool = False,
+    ) -> _Exchange:
         """Send a phase's orders to drawn clients, serve those without the base, and judge what comes back."""
         exchange = _Exchange()
         fraction = self.fraction_train if phase == "train" else self.fraction_evaluate
+        fraction = 1.0 if everybody else fraction
         drawn = self._roster.draw(self.seed, phase, server_round, fraction, self._at_least[phase])
         node_of = dict(drawn)
         arrays = wire.to_record(self.state.trainables)
@@ -460,16 +651,30 @@ class FederatedStrategy(Strategy):
         if phase == "train" and self.observer is not None:
             self.observer.start_round(server_round, len(drawn))
         deadline = time.monotonic() + timeout
-        orders = Orders(template, phase, self.state, self.settings, self._held, self._bill)
+        half = self._half(server_round) if phase == "train" else "both"
+        exchange.work = {client: self._assign(client, server_round, half) for client in node_of}
+        records: dict[tuple[int, str], ArrayRecord] = {}
+
+        def assign(client: str) -> tuple[wire.Work, ArrayRecord]:
+            work = exchange.work[client]
+            if (work.rank, work.half) not in records:
+                records[work.rank, work.half] = wire.to_record(self._payload(work))
+            return work, records[work.rank, work.half]
+
+        trains = phase == "train"
+        control = self._control(half) if trains and self.scaffold else {}
+        extras = wire.extras_to_bytes(control)
+        orders = Orders(template, phase, self.state, self.settings, self._held, self._bill, assign, extras)
         replies = orders.deliver(grid, node_of, deadline)
-        expected = Expected(
-            self.state.ledger.lineage,
-            self.state.trainables if phase == "train" else None,
-            self.state.statistics,
-            self.settings.weighted_by,
-        )
+        lineage = self.state.ledger.lineage
+        likes: dict[tuple[int, str], dict[str, Tensor]] = {}
         answered = []
         for client, node_id in drawn:
+            work = exchange.work[client]
+            if (work.rank, work.half) not in likes:
+                likes[work.rank, work.half] = self._reply_like(work) if trains else {}
+            like = likes[work.rank, work.half] if trains else None
+            expected = Expected(lineage, like, self.state.statistics, control, self.settings.weighted_by)
             try:
                 if client not in replies:
                     raise Rejected(f"no reply within {timeout:.0f} s")
@@ -479,11 +684,12 @@ class FederatedStrategy(Strategy):
                 exchange.failures[client] = str(reason)
                 continue
             answered.append(client)
+            exchange.work[reply.client] = work
             exchange.good[reply.client] = (replies[client], reply)
         exchange.good = dict(sorted(exchange.good.items()))
         for client in answered:
             self._held.pop(client, None)  # the name it went by until now
-        self._held |= dict.fromkeys(exchange.good, expected.lineage)
+        self._held |= dict.fromkeys(exchange.good, lineage)
         for client, odd in reject_odd_metrics(
             {name: reply.metrics for name, (_, reply) in exchange.good.items()}
         ).items():
@@ -493,8 +699,9 @@ class FederatedStrategy(Strategy):
 
     def _for_inner(self, exchange: _Exchange) -> list[Message]:
         """The good replies as plain Flower would have them."""
-        for message, reply in exchange.good.values():
-            message.content = wire.clean_content(reply, exchange.arrays_key)
+        for client, (message, reply) in exchange.good.items():
+            tensors = self._common_form(exchange.work[client], reply.tensors) if reply.tensors else {}
+            message.content = wire.clean_content(tensors, reply.metrics, exchange.arrays_key)
         return [message for message, _ in exchange.good.values()]
 
     def _as_trainables(self, arrays: ArrayRecord) -> dict[str, Tensor]:
@@ -532,11 +739,14 @@ class FederatedStrategy(Strategy):
 
     def _remember(self) -> None:
         """Note the state after a whole round."""
-        self._whole = (self.state, dict(self._held), set(self._enrolled), self._evaluation_off)
+        moments = self.inner.read_state(list(self.state.trainables))
+        counted = dict(self._counted)
+        self._whole = (self.state, dict(self._held), set(self._enrolled), self._evaluation_off, counted, moments)
 
     def _recall(self) -> None:
         """Go back to the state after the last whole round."""
-        self.state, self._held, self._enrolled, self._evaluation_off = self._whole
+        self.state, self._held, self._enrolled, self._evaluation_off, self._counted, moments = self._whole
+        self.inner.write_state(moments, list(self.state.trainables))
 
     def _record(
         self,
@@ -548,7 +758,9 @@ class FederatedStrategy(Strategy):
     ) -> None:
         """Evaluate centrally, close the round's books and tell everybody."""
         server_round = row["round"]
-        central = evaluate_fn(server_round, wire.to_record(self.state.trainables)) if evaluate_fn else None
+        central = None
+        if evaluate_fn is not None and self.has_global_model:
+            central = evaluate_fn(server_round, wire.to_record(self.state.trainables))
         if central is not None:
             self._result.evaluate_metrics_serverapp[server_round] = central
             for name in ("accuracy", "loss"):
@@ -593,7 +805,7 @@ class FederatedStrategy(Strategy):
             )
         if self.state.server_round == 0:
             trainables = {name: given[name].to(mine[name].dtype) for name in mine}
-            self.state = ServerState(0, trainables, self.state.statistics, self.state.base, self.state.ledger)
+            self.state = replace(self.state, trainables=trainables)
 
     def _fingerprint(self) -> dict[str, Any]:
         """The settings that a continued run must share."""
@@ -601,7 +813,11 @@ class FederatedStrategy(Strategy):
             "strategy": type(self).__name__,
             "rank": self.settings.rank,
             "alpha": self.settings.alpha,
-            "factorised": self.settings.factorised,
+            "form": self.settings.form,
+            "options": [list(option) for option in self.settings.options],
+            "ranks": self.ranks.describe(),
+            "proximal_mu": self.proximal_mu,
+            "scaffold": self.scaffold,
             "layers": [layer.name for layer in self.plan.layers],
             "dense_leaves": list(self.plan.dense_leaves),
             "seed": self.seed,
@@ -644,10 +860,10 @@ class FederatedStrategy(Strategy):
 
     def _restore(self, server_round: int, tensors: dict[str, Tensor], saved: dict[str, Any], result: Result) -> None:
         assert self._run is not None
-        if stateful := self.inner.keeps_state():
+        if stateful := self.inner.keeps_unknown_state():
             raise ResumeError(
                 f"resume: the inner strategy {stateful} carries state from round to round, which checkpoints do not "
-                "hold yet; start a new run"
+                "hold; start a new run"
             )
         mine = self._fingerprint()
         changed = [name for name in mine if saved["settings"].get(name) != mine[name]]
@@ -656,7 +872,13 @@ class FederatedStrategy(Strategy):
             raise ResumeError(f"resume: settings that change the result differ from the run's: {told}")
         if saved["root"] != self.state.ledger.root:
             raise ResumeError("resume: the model's initial weights are not those the run was started with")
-        self.state = state_from_checkpoint(server_round, tensors, saved, self._root_base, self.plan)
+        self.state = state_from_checkpoint(server_round, tensors, saved, self._root_base, self.plan, self.seed)
+        moments = {name: tensor for name, tensor in tensors.items() if name.startswith("inner/")}
+        keys = list(self.state.trainables)
+        self.inner.write_state({name.removeprefix("inner/"): tensor for name, tensor in moments.items()}, keys)
+        self._token = saved["token"]
+        self._counted = dict(saved["counted"])
+        self._counted_before = [dict(saved["counted"])]
         self._held = dict(saved["held"])
         self._enrolled = set(saved["enrolled"])
         self._evaluation_off = saved["evaluation_off"]
@@ -712,6 +934,8 @@ class FederatedStrategy(Strategy):
         state = self.state
         done = state.server_round
         tensors, ledger = state_to_checkpoint(state)
+        moments = self.inner.read_state(list(state.trainables))
+        tensors |= {f"inner/{name}": tensor for name, tensor in moments.items()}
         results = {
             name: {str(key): dict(value) for key, value in getattr(self._result, name).items() if key <= done}
             for name in _RESULTS
@@ -723,33 +947,20 @@ class FederatedStrategy(Strategy):
                 "settings": self._fingerprint(),
                 **ledger,
                 "held": self._held,
+                "token": self._token,
+                "counted": self._counted,
                 "enrolled": sorted(self._enrolled),
                 "evaluation_off": self._evaluation_off,
                 **results,
             },
         )
+        # What the checkpoint before this one refers to is kept by the clients: this one may turn out damaged.
+        self._counted_before = [*self._counted_before, dict(self._counted)][-2:]
 
 
-def low_rank_settings(
-    rank: int,
-    alpha: float,
-    target_modules: TargetModules,
-    dense_leaves: str | Sequence[str],
-    seed: int,
-    accumulate_into: str,
-    weighted_by: str,
-) -> wire.Settings:
-    """The settings of a factor-based method."""
-    return wire.Settings(
-        factorised=True,
-        rank=rank,
-        alpha=alpha,
-        target_modules=as_names(target_modules),
-        dense_leaves=dense_leaves if isinstance(dense_leaves, str) else ",".join(dense_leaves) or "none",
-        seed=seed,
-        accumulate_into=accumulate_into,
-        weighted_by=weighted_by,
-    )
+def _keys_of(layer: FactorisedLayer) -> tuple[str, ...]:
+    """All keys under which an adapter may hold something of a layer."""
+    return (layer.a_key, layer.b_key, layer.delta_key, *layer.hadamard_keys)
 
 
 _REBUILT_PARAMETERS = 50_000_000

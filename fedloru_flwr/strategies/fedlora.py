@@ -4,42 +4,12 @@
 rank ``r``. A round moves ``r (in + out)`` numbers a factorised layer and the dense leaves, down and up.
 """
 
-from collections.abc import Sequence
-from typing import Unpack
-
-from fedloru_flwr import wire
-from fedloru_flwr.lowrank import AccumulationSchedule
-from fedloru_flwr.models.plan import TargetModules
-from fedloru_flwr.strategies.federated import CommonOptions, FederatedStrategy, ModelSource, low_rank_settings
+from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
 
 
-class FedLoRA(FederatedStrategy):
-    """FedLoRU without accumulation.
-
-    Args:
-        model: a factory or an instance, see `FederatedStrategy`.
-        rank: ``r``, at least 1.
-        alpha: LoRA's alpha; the scale is ``s = alpha / r``.
-        target_modules: layers to factorise, see `plan_adapter`; None chooses.
-        dense_leaves: ``"all"``, ``"none"`` or names: what else is trained.
-        seed: the run's seed.
-        weighted_by_key: the metric that weighs a reply.
-        common: see `FederatedStrategy`.
-    """
+class FedLoRA(LowRankStrategy):
+    """FedLoRU without accumulation; for the arguments see `LowRankStrategy`."""
 
     algorithm = "fedlora"
-
-    def __init__(
-        self,
-        model: ModelSource,
-        *,
-        rank: int = 4,
-        alpha: float = 4.0,
-        target_modules: TargetModules = None,
-        dense_leaves: str | Sequence[str] = "all",
-        seed: int = 0,
-        weighted_by_key: str = wire.NUM_EXAMPLES,
-        **common: Unpack[CommonOptions],
-    ) -> None:
-        settings = low_rank_settings(rank, alpha, target_modules, dense_leaves, seed, "merge", weighted_by_key)
-        super().__init__(model, settings=settings, schedule=AccumulationSchedule.never(), **common)
+    accumulation = Accumulation(refused="FedLoRA that accumulates is FedLoRU: use that")
+    refused = {"ranks": "averaging needs factors of one shape; use HetLoRA, FlexLoRA, FLoRA or mFedLoRU"}

@@ -1,13 +1,26 @@
 """A Flower strategy used as the inner aggregator: it averages, and adds noise or momentum, but does not sample."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
+from torch import Tensor
 
 from fedloru_flwr import wire
+
+_STATELESS = ("FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "FedProx")
+# Under which attributes Flower's server optimisers keep their moments.
+_MOMENTS = {
+    "FedAvgM": ("momentum_vector",),
+    "FedAdam": ("m_t", "v_t"),
+    "FedYogi": ("m_t", "v_t"),
+    "FedAdagrad": ("m_t", "v_t"),
+}
+SERVER_OPTIMIZERS = ("none", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 
 
 class _CohortGrid(Grid):
@@ -119,10 +132,54 @@ class InnerStrategy:
         """Aggregate judged and sorted evaluation replies."""
         return self.strategy.aggregate_evaluate(server_round, replies)
 
-    def keeps_state(self) -> str | None:
-        """The name of a layer that carries state from round to round, or None."""
-        stateless = {"FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "FedProx"}
-        return next((type(layer).__name__ for layer in self.layers() if type(layer).__name__ not in stateless), None)
+    def is_plain(self) -> bool:
+        """Whether it is a weighted mean and nothing else."""
+        return len(self.layers()) == 1 and type(self.strategy).__name__ in ("FedAvg", "FedProx")
+
+    def keeps_unknown_state(self) -> str | None:
+        """The name of a layer that carries state from round to round which `read_state` does not know, or None."""
+        known = {*_STATELESS, *_MOMENTS}
+        return next((type(layer).__name__ for layer in self.layers() if type(layer).__name__ not in known), None)
+
+    def read_state(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """The moments of a server optimiser as named tensors.
+
+        Args:
+            keys: the Trainables, in order: FedAvgM keeps its momentum as a list.
+        """
+        found: dict[str, Tensor] = {}
+        for index, name, moments in self._moments():
+            named = moments.items() if isinstance(moments, dict) else zip(keys, moments, strict=True)
+            found |= {f"{index}/{name}/{key}": torch.from_numpy(np.array(value)) for key, value in named}
+        return found
+
+    def write_state(self, tensors: Mapping[str, Tensor], keys: Sequence[str]) -> None:
+        """Put back what `read_state` gave."""
+        for index, layer in enumerate(self.layers()):
+            for name in _MOMENTS.get(type(layer).__name__, ()):
+                prefix = f"{index}/{name}/"
+                named = {key: tensors[prefix + key].numpy().copy() for key in keys if prefix + key in tensors}
+                if named:
+                    setattr(layer, name, list(named.values()) if name == "momentum_vector" else named)
+
+    def restart(self, keys: Sequence[str], restarted: Collection[str]) -> None:
+        """Set the moments of factors that have been drawn anew to zero: they belonged to other variables."""
+        for _, _, moments in self._moments():
+            if isinstance(moments, dict):
+                for key in restarted:
+                    if key in moments:
+                        moments[key] = np.zeros_like(moments[key])
+            else:
+                moments[:] = [
+                    np.zeros_like(value) if key in restarted else value
+                    for key, value in zip(keys, moments, strict=True)
+                ]
+
+    def _moments(self) -> Iterator[tuple[int, str, Any]]:
+        for index, layer in enumerate(self.layers()):
+            for name in _MOMENTS.get(type(layer).__name__, ()):
+                if (moments := getattr(layer, name)) is not None:
+                    yield index, name, moments
 
 
 def plain_average(weighted_by: str = "num-examples", **keywords: Any) -> FedAvg:
@@ -130,3 +187,29 @@ def plain_average(weighted_by: str = "num-examples", **keywords: Any) -> FedAvg:
     return FedAvg(
         min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1, weighted_by_key=weighted_by, **keywords
     )
+
+
+def server_optimizer(
+    name: str, learning_rate: float, momentum: float, second_momentum: float, adaptivity: float
+) -> FedAvg | None:
+    """One of Flower's server optimisers over the round's mean (Reddi et al., arXiv 2003.00295), or None for ``none``.
+
+    The pseudo-gradient is the mean minus what was sent; for example FedAvgM steps by ``eta v`` with
+    ``v <- beta_1 v + mean - w``.
+
+    Args:
+        name: one of `SERVER_OPTIMIZERS`.
+        learning_rate: ``eta``.
+        momentum: ``beta_1``.
+        second_momentum: ``beta_2`` of FedAdam and FedYogi.
+        adaptivity: ``tau``, added to the root of the second moment.
+    """
+    common: dict[str, Any] = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
+    if name == "fedavgm":
+        return FedAvgM(server_learning_rate=learning_rate, server_momentum=momentum, **common)
+    if name == "fedadagrad":
+        return FedAdagrad(eta=learning_rate, tau=adaptivity, **common)
+    adaptive = {"fedadam": FedAdam, "fedyogi": FedYogi}
+    if name in adaptive:
+        return adaptive[name](eta=learning_rate, beta_1=momentum, beta_2=second_momentum, tau=adaptivity, **common)
+    return None

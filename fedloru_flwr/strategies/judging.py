@@ -22,12 +22,14 @@ class Expected:
         lineage: the model the client was asked to work on.
         trainables: keys in order, with shapes and dtypes; None for an evaluation reply.
         statistics: the same for running statistics.
+        extras: the same for what the method exchanges beside them.
         weighted_by: the metric that weighs the reply.
     """
 
     lineage: str
     trainables: Mapping[str, Tensor] | None
     statistics: Mapping[str, Tensor]
+    extras: Mapping[str, Tensor]
     weighted_by: str
 
 
@@ -56,6 +58,7 @@ def judge(message: Message, expected: Expected) -> wire.Reply:
         _check_tensors("trainable", reply.tensors, expected.trainables)
         # Statistics travel as safetensors, which knows no order.
         _check_tensors("statistics", reply.statistics, dict(sorted(expected.statistics.items())))
+        _check_tensors("extra", reply.extras, dict(sorted(expected.extras.items())))
     return reply
 
 

@@ -2,16 +2,16 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import Entry
 from fedloru_flwr.strategies.state import ServerState
 
-PURPOSES = ("trainables", "entries", "base", "repeats", "evaluation", "enrolment")
+PURPOSES = ("trainables", "control", "entries", "base", "repeats", "evaluation", "enrolment")
 
 
 class Bill:
@@ -52,6 +52,8 @@ class Orders:
         held: the lineage that each client is believed to hold (the root's where it is not there; empty for none);
             brought up to date as clients answer.
         bill: what is sent and received goes on it.
+        assign: gives each client what it is to do and the arrays for it.
+        extras: what else the method sends to everybody, serialised.
     """
 
     def __init__(
@@ -62,7 +64,13 @@ class Orders:
         settings: wire.Settings,
         held: dict[str, str],
         bill: Bill,
+        assign: Callable[[str], tuple[wire.Work, ArrayRecord]],
+        extras: bytes = b"",
     ) -> None:
+        self._assign = assign
+        self._extras = extras
+        self._array_bytes: dict[int, int] = {}
+        self._entry_bytes: dict[int, bytes] = {}
         self._template = template
         self._phase = phase
         self._purpose = "trainables" if phase == "train" else "evaluation"
@@ -104,7 +112,8 @@ class Orders:
         for client in ready:
             content, size, entries_size = self._order(client)
             self._bill.add("down", "entries", entries_size)
-            contents[client] = (content, purpose, size - entries_size)
+            self._bill.add("down", "control", len(self._extras))
+            contents[client] = (content, purpose, size - entries_size - len(self._extras))
         return replies | self._send_all(grid, contents, node_of, deadline)
 
     def _send_all(
@@ -127,7 +136,10 @@ class Orders:
         for reply in grid.send_and_receive(messages, timeout=max(0.0, deadline - time.monotonic())):
             client, purpose = purposes[reply.metadata.src_node_id]
             if reply.has_content():
-                self._bill.message("up", self._purpose if purpose == "repeats" else purpose, reply)
+                extras = wire.extras_bytes(reply.content)
+                self._bill.add("up", "control", extras)
+                size = wire.content_bytes(reply.content) - extras
+                self._bill.add("up", self._purpose if purpose == "repeats" else purpose, size)
             replies[client] = reply
         return replies
 
@@ -169,17 +181,29 @@ class Orders:
     def _order(self, client: str) -> tuple[RecordDict, int, int]:
         """The order for this client, its size, and how much of that the entries are."""
         missing = self._missing(client) or ()
-        key = f"order {len(missing)}"
+        work, arrays = self._assign(client)
+        key = f"order {len(missing)} {work}"
         if key not in self._made:
-            entries = wire.entries_to_bytes(missing) if missing else b""
+            entries = self._entries(missing)
             ledger = self._state.ledger
             content = wire.order_content(
                 self._template,
                 root=ledger.root,
                 lineage=ledger.lineage,
                 settings=self._settings,
+                arrays=arrays,
+                work=work,
                 entries=entries,
                 statistics=self._state.statistics,
+                extras=self._extras,
             )
-            self._made[key] = (content, wire.content_bytes(content), len(entries))
+            if id(arrays) not in self._array_bytes:
+                self._array_bytes[id(arrays)] = wire.content_bytes(arrays)
+            size = wire.content_bytes(content, known={id(arrays): self._array_bytes[id(arrays)]})
+            self._made[key] = (content, size, len(entries))
         return self._made[key]
+
+    def _entries(self, missing: tuple[Entry, ...]) -> bytes:
+        if len(missing) not in self._entry_bytes:
+            self._entry_bytes[len(missing)] = wire.entries_to_bytes(missing) if missing else b""
+        return self._entry_bytes[len(missing)]

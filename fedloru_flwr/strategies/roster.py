@@ -39,6 +39,14 @@ class Roster:
     def __init__(self) -> None:
         self._client_of: dict[int, str] = {}
         self._confirmed: set[int] = set()
+        self._budgets: dict[str, int] = {}
+
+    def budget(self, client: str) -> int:
+        """The largest rank that a client has said it can train; 0 for any."""
+        return self._budgets.get(client, 0)
+
+    def __len__(self) -> int:
+        return len(self._client_of)
 
     def client(self, node_id: int) -> str:
         """The client that runs on this node."""
@@ -121,7 +129,9 @@ class Roster:
                 count(self.client(node_id), query, None)
                 continue
             try:
-                self.confirm(node_id, wire.read_enrolment(reply.content).client)
+                enrolment = wire.read_enrolment(reply.content)
+                self.confirm(node_id, enrolment.client)
+                self._budgets[enrolment.client] = enrolment.rank
             except (wire.WireError, RosterError) as error:
                 told = f"node {node_id} cannot take part: {error}"
                 if first:

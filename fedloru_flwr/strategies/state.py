@@ -1,13 +1,15 @@
 """The server's state as one value, and the pure step from round to round."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedloru_flwr.lowrank import Entry, Ledger, digest_tensors, fold, initial_factors
+from fedloru_flwr.lowrank import Adapter, Entry, Ledger, digest_tensors, fold
+from fedloru_flwr.lowrank.factors import has_product
+from fedloru_flwr.models.layout import shared_keys
 from fedloru_flwr.models.plan import AdapterPlan, canonical_names, plain_state
 
 Reinit = Literal["reset", "keep"]
@@ -19,10 +21,13 @@ class ServerState:
 
     Attributes:
         server_round: the last round done; 0 before the first.
-        trainables: factors and dense leaves, in the plan's order, float32 (float64 stays).
+        trainables: what the method averages, in a fixed order: factors (or products) and dense leaves, float32
+            (float64 stays).
         statistics: running statistics.
         base: the frozen parameters with all accumulated entries folded in.
         ledger: what has been accumulated.
+        draw: the number of times the factors have been drawn anew.
+        control: SCAFFOLD's ``c`` by key; what is missing is zero.
     """
 
     server_round: int
@@ -30,17 +35,36 @@ class ServerState:
     statistics: Mapping[str, Tensor]
     base: Mapping[str, Tensor]
     ledger: Ledger
+    draw: int = 0
+    control: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method makes of a round's replies.
+
+    Attributes:
+        trainables: the new ones, of the same keys.
+        applied: the adapter that stands for the clients' products from now on.
+        entries: adapters and their scales that go into the model at once.
+        restart: draw the factors anew (of themselves, without an accumulation).
+    """
+
+    trainables: Mapping[str, Tensor]
+    applied: Mapping[str, Tensor]
+    entries: tuple[tuple[Adapter, float], ...] = ()
+    restart: bool = False
 
 
 def initial_state(model: nn.Module, plan: AdapterPlan, seed: int) -> ServerState:
     """The state before the first round: the plain model's own values and fresh factors."""
     values = plain_state(model)
-    base = {name: values[name] for name in plan.base}
-    dense = {name: _as_sent(values[name]) for name in plan.dense_leaves}
+    base = plan.base_of(values)
+    dense = {name: as_sent(values[name]) for name in plan.dense_leaves}
     return ServerState(
         server_round=0,
-        trainables={**_fresh_factors(base, plan, seed, 0), **dense},
-        statistics={name: _as_sent(values[name]) for name in plan.statistics},
+        trainables={**fresh_factors(base, plan, seed, 0), **dense},
+        statistics={name: as_sent(values[name]) for name in plan.statistics},
         base=base,
         ledger=Ledger(digest_tensors(base)),
     )
@@ -49,7 +73,7 @@ def initial_state(model: nn.Module, plan: AdapterPlan, seed: int) -> ServerState
 def step(
     state: ServerState,
     server_round: int,
-    mean: Mapping[str, Tensor] | None,
+    outcome: Outcome | None,
     statistics: Mapping[str, Tensor],
     *,
     plan: AdapterPlan,
@@ -60,38 +84,51 @@ def step(
     r"""Take the round's aggregate as the truth and, if due, accumulate it: ``W <- W + s B A``.
 
     With ``reset`` the factors then restart with a product of zero, so that the function does not change; with ``keep``
-    they carry on, and the product counts twice.
+    they carry on, and the product counts twice. A control variate of a factor that restarts becomes zero.
 
     Args:
         state: the state before.
         server_round: the round that ended.
-        mean: the aggregated Trainables; None for a round without a result, which changes and accumulates nothing.
+        outcome: what the method made of the replies; None for a round without a result, which changes and
+            accumulates nothing.
         statistics: the averaged running statistics (empty: none).
         plan: the layers and the scale.
         accumulate_now: whether the schedule says so.
         reinit: ``"reset"`` or ``"keep"``.
         seed: of the fresh factors.
     """
-    if mean is None:
+    if outcome is None:
         return replace(state, server_round=server_round)
-    trainables = {key: mean[key] for key in plan.trainable_keys}
+    trainables = dict(outcome.trainables)
     after = replace(
         state, server_round=server_round, trainables=trainables, statistics=dict(statistics) or state.statistics
     )
-    if not (accumulate_now and plan.layers):
-        return after
-    adapter = {key: trainables[key] for key in plan.factor_keys}
-    ledger = state.ledger.append(adapter, plan.scale)
-    if reinit == "reset":
-        trainables = {**trainables, **_fresh_factors(state.base, plan, seed, ledger.version)}
-    return replace(after, trainables=trainables, base=fold(state.base, adapter, plan.layers, plan.scale), ledger=ledger)
+    for adapter, scale in outcome.entries:
+        after = _append(after, adapter, scale, plan, seed)
+    accumulates = accumulate_now and bool(plan.adapted)
+    if accumulates:
+        adapter = {key: trainables[key] for key in plan.factor_keys}
+        after = _append(after, adapter, plan.scale, plan, seed)
+    if outcome.restart or (accumulates and reinit == "reset"):
+        draw = state.draw + 1
+        fresh = fresh_factors(state.base, plan, seed, draw)
+        control = {key: value for key, value in state.control.items() if key not in plan.factor_keys}
+        fresh = {key: value for key, value in fresh.items() if key in trainables}
+        after = replace(after, trainables={**trainables, **fresh}, draw=draw, control=control)
+    return after
 
 
-def fold_all(base: Mapping[str, Tensor], entries: tuple[Entry, ...], plan: AdapterPlan) -> dict[str, Tensor]:
+def _append(state: ServerState, adapter: Adapter, scale: float, plan: AdapterPlan, seed: int) -> ServerState:
+    """The state with one entry more, folded in."""
+    ledger = state.ledger.append(adapter, scale, state.draw if plan.one_sided else 0)
+    return replace(state, ledger=ledger, base=fold_all(state.base, ledger.entries[-1:], plan, seed))
+
+
+def fold_all(base: Mapping[str, Tensor], entries: tuple[Entry, ...], plan: AdapterPlan, seed: int) -> dict[str, Tensor]:
     """``W_0 + s sum_i B_i A_i``, folded one after the other as everybody does, hence the same bits."""
     folded = dict(base)
     for entry in entries:
-        folded = fold(folded, entry.adapter, plan.layers, entry.scale)
+        folded = fold(folded, plan.whole(entry.adapter, seed, entry.draw), plan.layers, entry.scale)
     return folded
 
 
@@ -99,10 +136,12 @@ def state_to_checkpoint(state: ServerState) -> tuple[dict[str, Tensor], dict[str
     """A state as named tensors and what JSON can hold; not the base, which is ``W_0`` with the entries folded in."""
     tensors = {f"trainables/{name}": tensor for name, tensor in state.trainables.items()}
     tensors |= {f"statistics/{name}": tensor for name, tensor in state.statistics.items()}
+    tensors |= {f"control/{name}": tensor for name, tensor in state.control.items()}
     for index, entry in enumerate(state.ledger.entries):
         tensors |= {f"entries/{index}/{name}": tensor for name, tensor in entry.adapter.items()}
-    links = [{"digest": e.digest, "previous": e.previous, "scale": e.scale} for e in state.ledger.entries]
-    return tensors, {"root": state.ledger.root, "entries": links}
+    links = [entry.link() for entry in state.ledger.entries]
+    order = list(state.trainables)
+    return tensors, {"root": state.ledger.root, "entries": links, "draw": state.draw, "order": order}
 
 
 def state_from_checkpoint(
@@ -111,6 +150,7 @@ def state_from_checkpoint(
     saved: Mapping[str, Any],
     root_base: Mapping[str, Tensor],
     plan: AdapterPlan,
+    seed: int,
 ) -> ServerState:
     """What `state_to_checkpoint` gave, with the entries folded into ``root_base``.
 
@@ -121,29 +161,38 @@ def state_from_checkpoint(
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    entries = tuple(
-        Entry(link["digest"], link["previous"], link["scale"], part(f"entries/{index}/"))
-        for index, link in enumerate(saved["entries"])
+    entries = tuple(Entry.linked(link, part(f"entries/{index}/")) for index, link in enumerate(saved["entries"]))
+    base = fold_all(root_base, entries, plan, seed)
+    trainables = part("trainables/")
+    return ServerState(
+        server_round,
+        {name: trainables[name] for name in saved["order"]},
+        part("statistics/"),
+        base,
+        Ledger(saved["root"], entries),
+        saved["draw"],
+        part("control/"),
     )
-    for entry in entries:
-        entry.verify()
-    base = fold_all(root_base, entries, plan)
-    return ServerState(server_round, part("trainables/"), part("statistics/"), base, Ledger(saved["root"], entries))
 
 
-def merged_state_dict(state: ServerState, model: nn.Module, plan: AdapterPlan) -> dict[str, Tensor]:
+def merged_state_dict(state: ServerState, model: nn.Module, plan: AdapterPlan, seed: int) -> dict[str, Tensor]:
     """The whole model as a state dict of the plain model: ``W + s B A`` with dense leaves and statistics.
+
+    Layers for which the state has no factors (of one's own are on the clients) are ``W``.
 
     Args:
         state: the state to write out.
         model: a plain instance, for names, dtypes, counters and tied weights.
         plan: made from the same model.
+        seed: the run's.
 
     Returns:
         Tensors on the CPU with the keys, shapes and dtypes of ``model.state_dict()``.
     """
     values = plain_state(model)
-    learned = {**fold(state.base, state.trainables, plan.layers, plan.scale), **state.statistics}
+    adapter = plan.whole(state.trainables, seed, state.draw)
+    layers = [layer for layer in plan.adapted if has_product(layer, adapter)]
+    learned = {**fold(state.base, adapter, layers, plan.scale), **state.statistics}
     learned |= {name: state.trainables[name] for name in plan.dense_leaves}
     canonical = canonical_names(model)
     return {
@@ -152,14 +201,16 @@ def merged_state_dict(state: ServerState, model: nn.Module, plan: AdapterPlan) -
     }
 
 
-def _fresh_factors(base: Mapping[str, Tensor], plan: AdapterPlan, seed: int, version: int) -> dict[str, Tensor]:
-    """Factors in float32, of a float64 layer in float64."""
-    factors = initial_factors(plan.layers, seed, version)
-    for layer in plan.layers:
+def fresh_factors(base: Mapping[str, Tensor], plan: AdapterPlan, seed: int, draw: int) -> dict[str, Tensor]:
+    """Fresh factors in float32, of a float64 layer in float64."""
+    factors = plan.fresh(seed, draw)
+    for layer in plan.adapted:
         if base[layer.weight_key].dtype == torch.float64:
-            factors |= {key: factors[key].double() for key in (layer.a_key, layer.b_key)}
+            its = [key for key in shared_keys(layer, plan.family) if key in factors]
+            factors |= {key: factors[key].double() for key in its}
     return factors
 
 
-def _as_sent(tensor: Tensor) -> Tensor:
+def as_sent(tensor: Tensor) -> Tensor:
+    """A tensor in the number format it travels in: float32, or float64 where it is that."""
     return tensor if tensor.dtype.itemsize == 8 else tensor.float()

@@ -60,14 +60,14 @@ def test_one_full_batch_of_sgd_is_one_step_down_the_gradient():
     with torch.no_grad():
         for parameter in expected.parameters():
             parameter -= 0.5 * parameter.grad
-    mean = train_locally(model, data, how(batch_size=7), seed=3, device=CPU)
+    mean = train_locally(model, data, how(batch_size=7), torch.Generator().manual_seed(3), device=CPU)
     torch.testing.assert_close(model.state_dict(), expected.state_dict())
     assert mean == pytest.approx(loss.item())
 
 
 def test_the_loss_told_is_the_mean_over_the_last_epochs_samples():
     data = samples(5)
-    mean = train_locally(linear(), data, how(learning_rate=1e-12, epochs=3, batch_size=2), seed=3, device=CPU)
+    mean = train_locally(linear(), data, how(learning_rate=1e-12, epochs=3, batch_size=2), torch.Generator().manual_seed(3), device=CPU)
     assert mean == pytest.approx(nn.functional.cross_entropy(linear()(data.inputs), data.labels).item(), rel=1e-5)
 
 

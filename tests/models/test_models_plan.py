@@ -223,6 +223,7 @@ def test_the_full_plan_trains_everything_that_is_trainable() -> None:
         statistics=("1.running_mean", "1.running_var"),
         base=("0.weight", "0.bias"),
         scale=1.0,
+        form="full",
     )
 
 

@@ -1,0 +1,385 @@
+"""Local training of many clients as one batched computation."""
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.nn.parameter import is_lazy
+
+from fedloru_flwr.clients.task import LocalResult, LocalTask, Phase
+from fedloru_flwr.clients.training import LocalOptimisation, batches
+from fedloru_flwr.data import Samples
+from fedloru_flwr.models.functional import FunctionalModel
+
+_MAX_BYTES_CPU, _MAX_BYTES = 1 << 26, 1 << 30  # on the CPU, groups that nearly fit its caches are as fast or faster
+_COPIES = 6  # of a client's values: themselves, gradients, two moments, corrections
+
+
+def train_cohort(
+    model: FunctionalModel,
+    base: Mapping[str, Tensor],
+    tasks: Sequence[LocalTask],
+    how: LocalOptimisation,
+    device: torch.device,
+    max_bytes: int | None = None,
+) -> list[LocalResult]:
+    """Train every client as if by itself, all at once; the results are in the order of ``tasks``.
+
+    With ``w`` stacked over clients, one backward pass of the sum of the clients' mean losses gives each client its own
+    gradient. Clients that have taken all their steps leave the batch.
+
+    Args:
+        model: the clients' model; `obstacle` says what cannot be trained so.
+        base: parameters that the clients share and, where they differ from the model's own, buffers.
+        tasks: with equal keys and shapes of values, equal phases and ``proximal_mu``, and all or none with SCAFFOLD.
+        how: the optimisation; the epochs are those of the phases.
+        device: where to train.
+        max_bytes: about how much memory to use: clients are trained in as many groups as it takes. By default 64 MiB
+            on the CPU, else 1 GiB.
+
+    Raises:
+        ValueError: if a tensor is missing, or the tasks do not agree.
+    """
+    if not tasks:
+        return []
+    _check(model, base, tasks)
+    if max_bytes is None:
+        max_bytes = _MAX_BYTES_CPU if device.type == "cpu" else _MAX_BYTES
+    shared = {name: tensor.to(device) for name, tensor in {**model.buffers, **base}.items()}
+    order = sorted(range(len(tasks)), key=lambda i: -_steps(tasks[i].samples, how.batch_size))
+    fit = max(1, max_bytes // _bytes_of_one(model, shared, tasks[order[0]], how.batch_size, device))
+    groups = -(-len(tasks) // fit)
+    bounds = [len(tasks) * group // groups for group in range(groups + 1)]
+    results: dict[int, LocalResult] = {}
+    for start, end in itertools.pairwise(bounds):
+        chosen = order[start:end]
+        group = _Group(model, shared, [tasks[i] for i in chosen], how, device)
+        results |= dict(zip(chosen, group.train(), strict=True))
+    return [results[i] for i in range(len(tasks))]
+
+
+def _check(model: FunctionalModel, base: Mapping[str, Tensor], tasks: Sequence[LocalTask]) -> None:
+    missing = [name for name in model.base_keys if name not in base]
+    if missing:
+        raise ValueError(f"the base lacks {', '.join(missing[:6])}")
+    first = _likeness(tasks[0])
+    if set(first["values"]) != set(model.keys):
+        odd = sorted(set(first["values"]) ^ set(model.keys))
+        raise ValueError(f"the clients' values are not the model's: {', '.join(odd[:6])} only on one side")
+    for task in tasks:
+        for what, mine in _likeness(task).items():
+            if mine != first[what]:
+                raise ValueError(f"clients trained as one batch must agree in {what}: {first[what]} and {mine}")
+        if not len(task.samples):
+            raise ValueError("a client has no samples to train on")
+
+
+def _likeness(task: LocalTask) -> dict[str, Any]:
+    return {
+        "values": {key: (tuple(value.shape), value.dtype) for key, value in task.values.items()},
+        "phases": task.phases,
+        "proximal_mu": task.proximal_mu,
+        "control": task.control is None,
+    }
+
+
+def _steps(samples: Samples, batch_size: int) -> int:
+    """Steps an epoch."""
+    return -(-len(samples) // batch_size)
+
+
+def _bytes_of_one(
+    model: FunctionalModel, shared: Mapping[str, Tensor], task: LocalTask, batch_size: int, device: torch.device
+) -> int:
+    """About the memory that one client's training takes: its values, and what a step keeps for the backward pass."""
+    values = {key: value.to(device).detach().requires_grad_() for key, value in task.values.items()}
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*values.values(), *shared.values())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.forward(values, shared, task.samples.inputs[:batch_size].to(device))
+    return 1 + _COPIES * sum(value.nbytes for value in values.values()) + 2 * sum(kept.values())
+
+
+class _Schedule:
+    """Which samples each client takes at each step of a phase; step-major, clients sorted by steps, most first.
+
+    Attributes:
+        active: clients that take step ``t``: the first ``active[t]``.
+        width: samples of the largest batch of step ``t``.
+        index: ``(steps, clients, batch)``, into the samples of all clients one after the other; a batch that is
+            smaller is filled up with its first sample.
+        weight: ``(steps, clients, batch)``: one over the batch's size, 0 for samples filled in.
+        share: ``(steps, clients)``: in the last epoch the batch's share of the client's samples, else 0.
+        steps: ``(clients,)``.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        generators: Sequence[torch.Generator],
+        epochs: int,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        size = min(batch_size, max(counts))
+        per_epoch = [-(-count // batch_size) for count in counts]
+        total = max(per_epoch) * epochs
+        index = torch.zeros(len(counts), total, size, dtype=torch.long)
+        length = torch.zeros(len(counts), total, dtype=torch.long)
+        share = torch.zeros(len(counts), total, dtype=torch.float64)
+        start = 0
+        for client, (count, generator, steps) in enumerate(zip(counts, generators, per_epoch, strict=True)):
+            own = torch.zeros(epochs, steps * size, dtype=torch.long)
+            for epoch in range(epochs):
+                own[epoch, :count] = torch.cat(list(batches(count, batch_size, generator, no_single=False)))
+            end = epochs * steps
+            index[client, :end] = own.view(end, size) + start
+            length[client, :end] = size
+            length[client, steps - 1 : end : steps] = count - (steps - 1) * size
+            share[client, end - steps : end] = length[client, end - steps : end] / count
+            start += count
+        there = torch.arange(size) < length[..., None]
+        weight = there / length.clamp(min=1)[..., None].to(dtype)
+        self.steps = torch.tensor(per_epoch) * epochs
+        self.active = [int((self.steps > step).sum()) for step in range(total)]
+        self.width = length.amax(0).tolist()
+        self.index = torch.where(there, index, index[..., :1]).transpose(0, 1).contiguous().to(device)
+        self.weight = weight.transpose(0, 1).contiguous().to(device)
+        self.share = share.to(dtype).T.contiguous().to(device)
+
+
+class _Group:
+    """Clients trained at once, sorted by steps, most first; tensors have a leading client axis."""
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        shared: Mapping[str, Tensor],
+        tasks: Sequence[LocalTask],
+        how: LocalOptimisation,
+        device: torch.device,
+    ) -> None:
+        self._model, self._shared, self._tasks, self._how, self._device = model, shared, tasks, how, device
+        self._inputs = torch.cat([task.samples.inputs for task in tasks]).to(device)
+        self._labels = torch.cat([task.samples.labels for task in tasks]).to(device)
+        self._values = {key: self._stack([task.values[key] for task in tasks]) for key in tasks[0].values}
+        self._generators = [torch.Generator().manual_seed(task.seed) for task in tasks]
+        self._seen: set[str] = set()
+
+    def _stack(self, tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors).to(self._device)
+
+    def train(self) -> list[LocalResult]:
+        """Go through the phases and hand the results out."""
+        first, *others = self._tasks[0].phases
+        controls = [task.control for task in self._tasks if task.control is not None]
+        control = {key: self._stack([one[key] for one in controls]) for key in first.keys} if controls else None
+        is_proximal = self._tasks[0].proximal_mu != 0.0
+        origin = {key: self._values[key].clone() for key in first.keys} if is_proximal else None
+        losses, means = self._run(first, origin, control)
+        for phase in others:
+            self._run(phase)
+        values = {key: value.cpu() for key, value in self._values.items()}
+        gradients = {key: mean.cpu() for key, mean in means.items()} if controls else None
+        silent = self._silent()
+        return [
+            LocalResult(
+                {key: value[i].clone() for key, value in values.items()},
+                loss,
+                None if gradients is None else {key: mean[i].clone() for key, mean in gradients.items()},
+                silent,
+            )
+            for i, loss in enumerate(losses.tolist())
+        ]
+
+    def _silent(self) -> tuple[str, ...]:
+        trained = {key for phase in self._tasks[0].phases for key in phase.keys}
+        if not self._seen:
+            return ()
+        own = {layer.name: {key for key in trained if _is_of(key, layer.name)} for layer in self._model.layers}
+        return tuple(name for name, keys in own.items() if keys and not keys & self._seen)
+
+    def _run(
+        self, phase: Phase, origin: Mapping[str, Tensor] | None = None, control: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Train for one phase; return the mean loss of its last epoch and, with a control, the mean raw gradients."""
+        dtype = next(iter(self._values.values())).dtype
+        counts = [len(task.samples) for task in self._tasks]
+        plan = _Schedule(counts, self._generators, phase.epochs, self._how.batch_size, self._device, dtype)
+        losses = torch.zeros(len(counts), device=self._device, dtype=dtype)
+        sums = {} if control is None else {key: torch.zeros_like(self._values[key]) for key in phase.keys}
+        optimizer: torch.optim.Optimizer | None = None
+        frozen: dict[str, Tensor] = {}
+        trained: dict[str, Tensor] = {}
+        count = 0
+        for step, (active, width) in enumerate(zip(plan.active, plan.width, strict=True)):
+            if active != count:
+                count = active
+                here = {key: value[:count] for key, value in self._values.items()}
+                trained = {key: here.pop(key).requires_grad_() for key in phase.keys}
+                frozen = here
+                optimizer = self._optimizer(list(trained.values()), optimizer)
+            assert optimizer is not None
+            index, weight = plan.index[step, :count, :width], plan.weight[step, :count, :width]
+            outputs = self._model.forward_clients({**frozen, **trained}, self._shared, self._inputs[index])
+            each = functional.cross_entropy(outputs.flatten(0, 1), self._labels[index].flatten(), reduction="none")
+            means = (each.view(count, width) * weight).sum(1)
+            optimizer.zero_grad(set_to_none=True)
+            means.sum().backward()  # type: ignore[no-untyped-call]  # torch's is untyped
+            losses[:count] += means.detach() * plan.share[step, :count]
+            gradients = {key: value.grad for key, value in trained.items() if value.grad is not None}
+            self._seen |= gradients.keys()
+            if control is not None:
+                for key, gradient in gradients.items():
+                    sums[key][:count] += gradient
+            self._correct(gradients, trained, origin, control)
+            if self._how.max_grad_norm > 0:
+                _clip(list(gradients.values()), self._how.max_grad_norm)
+            optimizer.step()
+        steps = plan.steps.to(self._device).clamp(min=1)
+        return losses, {key: total / _over(steps, total) for key, total in sums.items()}
+
+    @torch.no_grad()
+    def _correct(
+        self,
+        gradients: Mapping[str, Tensor],
+        trained: Mapping[str, Tensor],
+        origin: Mapping[str, Tensor] | None,
+        control: Mapping[str, Tensor] | None,
+    ) -> None:
+        """Add FedProx's and SCAFFOLD's terms to the gradients."""
+        for key, gradient in gradients.items():
+            if origin is not None:
+                gradient.add_(trained[key] - origin[key][: len(gradient)], alpha=self._tasks[0].proximal_mu)
+            if control is not None:
+                gradient.add_(control[key][: len(gradient)])
+
+    def _optimizer(self, tensors: list[Tensor], before: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
+        """An optimiser of the first clients' tensors that goes on from the one of more clients."""
+        how, fused = self._how, True if self._device.type in ("cpu", "cuda") else None
+        optimizer: torch.optim.Optimizer
+        if how.optimizer == "adamw":
+            betas = (how.momentum, 0.999)
+            optimizer = torch.optim.AdamW(
+                tensors, how.learning_rate, betas=betas, weight_decay=how.weight_decay, fused=fused
+            )
+        else:
+            optimizer = torch.optim.SGD(
+                tensors, how.learning_rate, momentum=how.momentum, weight_decay=how.weight_decay, fused=fused
+            )
+        if before is not None:
+            for old, new in zip(before.param_groups[0]["params"], tensors, strict=True):
+                optimizer.state[new] = {
+                    name: part[: len(new)] if isinstance(part, Tensor) and part.shape == old.shape else part
+                    for name, part in before.state[old].items()
+                }
+        return optimizer
+
+
+def _is_of(key: str, layer: str) -> bool:
+    """Whether a key is of the layer's adapter."""
+    owner, _, local = key.rpartition(".")
+    return owner == layer and local.startswith(("lora_", "hada_", "personal_"))
+
+
+def _over(per_client: Tensor, like: Tensor) -> Tensor:
+    """``(clients,)`` to ``(clients, 1, ...)``, to be broadcast over ``like``."""
+    return per_client.view(-1, *(1,) * (like.dim() - 1))
+
+
+def _clip(gradients: Sequence[Tensor], limit: float) -> None:
+    """Scale each client's gradients by ``min(1, limit / (norm + 1e-6))``, as ``clip_grad_norm_`` does for one."""
+    norms = [torch.linalg.vector_norm(one.flatten(1) if one.dim() > 1 else one[:, None], dim=1) for one in gradients]
+    total = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    scale = (limit / (total + 1e-6)).clamp(max=1.0)
+    if not bool((scale == 1.0).all()):
+        for one in gradients:
+            one.mul_(_over(scale, one))
+
+
+def obstacle(module: nn.Module, inputs: Tensor | None = None) -> str | None:
+    """Why clients of this model cannot be trained as one batch, or None.
+
+    Args:
+        module: the plain model; it is not changed.
+        inputs: two samples or more, to try it on; without them, only the kinds of layers are looked at.
+    """
+    for name, part in module.named_modules():
+        reason = _obstacle_of_layer(part)
+        if reason is not None:
+            return f"{name or type(part).__name__}: {reason}"
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            return f"{name}: it is not initialised yet"
+        if parameter.dtype not in (torch.float32, torch.float64):
+            return f"{name}: its dtype is {parameter.dtype}"
+    return None if inputs is None else _try(copy.deepcopy(module).train(), inputs)
+
+
+def _obstacle_of_layer(part: nn.Module) -> str | None:
+    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        return "batch normalisation mixes a batch's samples"
+    if isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats:
+        return "it keeps running statistics"
+    if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+        return f"dropout draws at random (p = {part.p})"
+    if isinstance(part, nn.RNNBase):
+        return "a recurrent layer reads its weights by itself"
+    if isinstance(part, nn.Embedding | nn.EmbeddingBag) and (
+        part.sparse or part.scale_grad_by_freq or part.max_norm is not None
+    ):
+        return "an embedding with sparse or rescaled gradients, or renormalised rows"
+    return None
+
+
+def _try(module: nn.Module, inputs: Tensor) -> str | None:
+    """Compare two clients at once with one after the other, outputs and gradients, on a model of our own."""
+    noise = torch.Generator().manual_seed(0)
+    base = dict(module.named_buffers())
+    before = {name: buffer.clone() for name, buffer in base.items()}
+    stacked = {
+        name: torch.stack([one, one + 0.01 * torch.randn(one.shape, generator=noise, dtype=one.dtype)]).requires_grad_()
+        for name, one in ((name, parameter.detach().cpu()) for name, parameter in module.named_parameters())
+    }
+    x = torch.stack([inputs, inputs.flip(0)])
+    model = FunctionalModel(module, dense_leaves=tuple(stacked))
+    try:
+        outputs = model.forward_clients(stacked, {}, x)
+        direction = torch.randn(outputs.shape, generator=noise, dtype=outputs.dtype)
+        gradients = _gradients((outputs * direction).sum(), stacked)
+        for client in range(2):
+            own = {name: value[client].detach().requires_grad_() for name, value in stacked.items()}
+            alone = functional_call(module, {**own, **base}, (x[client],))
+            if any(not torch.equal(value, before[name]) for name, value in base.items()):
+                return "its forward pass changes buffers"
+            if _differ(functional_call(module, {**own, **base}, (x[client, :1],)), alone[:1]):
+                return "its outputs for a sample depend on the batch"
+            if _differ(outputs[client], alone):
+                return "its outputs differ where clients are batched"
+            for one, expected in zip(gradients, _gradients((alone * direction[client]).sum(), own), strict=True):
+                if _differ(one[client], expected):
+                    return "its gradients differ where clients are batched"
+    except Exception as error:
+        return f"it cannot be batched: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def _gradients(loss: Tensor, of: Mapping[str, Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, tuple(of.values()), allow_unused=True, materialize_grads=True))
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return not bool((one - other).norm() <= 1e-3 * other.norm() + 1e-6)

@@ -1,0 +1,54 @@
+"""mFedLoRU on the client: a client of a smaller budget trains a nested pair (arXiv 2409.12371).
+
+From the received ``A (r, in)``, ``B (out, r)`` it learns ``A + s_A A_d A_u`` and ``B + s_B B_d B_u``, with
+``A_d (r, r_k)``, ``A_u (r_k, in)``, ``B_d (out, r_k)``, ``B_u (r_k, r)``, and sends these and its dense leaves:
+``r_k (in + out + 2 r)`` numbers a layer instead of ``r (in + out)``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedloru_flwr.clients.method import ClientMethod, Site
+from fedloru_flwr.lowrank import uniform
+from fedloru_flwr.models.layout import Layout, nested_keys, shapes
+
+
+class MFedLoRU(ClientMethod):
+    """A nested pair where the client's rank is below the shared one; option ``nested_scale`` (``s_A = s_B``)."""
+
+    def _nested(self, site: Site) -> int:
+        return site.work.rank if site.plan.layers and 0 < site.work.rank < site.plan.layers[0].rank else 0
+
+    def layout(self, site: Site) -> Layout:
+        scale = site.settings.option("nested_scale", 1.0)
+        return replace(site.plan.layout(), nested_rank=self._nested(site), nested_scale=scale)
+
+    def start(self, site: Site) -> dict[str, Tensor]:
+        """The received pair and a fresh nested one: ``A_d = 0``, ``B_d = 0``, so that it adds nothing yet.
+
+        ``A_u`` and ``B_u`` are drawn anew in each round, the same for all clients, from ``U(-1/sqrt(n), 1/sqrt(n))``,
+        ``n`` being their number of columns.
+        """
+        values = super().start(replace(site, work=replace(site.work, rank=0)))
+        if not self._nested(site):
+            return values
+        for layer in site.plan.layers:
+            of = dict(shapes(layer, self.layout(site)))
+            for down, up in (nested_keys(layer)[:2], nested_keys(layer)[2:]):
+                values[down] = torch.zeros(of[down])
+                columns = torch.Size(of[up][1:]).numel()
+                values[up] = uniform(
+                    site.settings.seed, "nested", site.server_round, up, shape=of[up], bound=columns**-0.5
+                )
+        return values
+
+    def trained(self, site: Site) -> tuple[str, ...]:
+        if not self._nested(site):
+            return super().trained(site)
+        return (*(key for layer in site.plan.layers for key in nested_keys(layer)), *site.plan.dense_leaves)
+
+    def finish(self, site: Site, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {key: values[key] for key in self.trained(site)}, {}

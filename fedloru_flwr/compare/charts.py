@@ -1,0 +1,324 @@
+"""The report's pictures, as SVG: the same bytes for the same numbers, a method looking the same in all of them."""
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedloru_flwr.compare import measures
+from fedloru_flwr.compare.judged import Comparison, Judged, same_but
+from fedloru_flwr.compare.measures import Metric, Stat
+from fedloru_flwr.compare.spec import describe
+from fedloru_flwr.compare.table import METRIC_NAMES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which the colour-blind can tell apart. With five line styles (7 and 5 have no common divisor)
+# it gives 35 looks; neighbours in the list differ in both.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B77B00", "#56B4E9", "#000000")
+_DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.2, 1.2), (5, 1.5, 1.2, 1.5), (9, 2))
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_GREY, _INK = "#6B7079", "#23272E"
+_SIZE = (5.2, 3.7)  # inches: about 375 points, the width of a phone, so that text keeps its size there
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn, everywhere."""
+
+    colour: str
+    dashes: tuple[float, ...]
+    marker: str
+
+    @property
+    def style(self) -> Any:
+        """For matplotlib."""
+        return (0, self.dashes) if self.dashes else "-"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture.
+
+    Attributes:
+        title: what it shows, in short.
+        alt: what it shows, for those who do not see it.
+        svg: the picture.
+        wide: it needs the whole width of the page.
+    """
+
+    title: str
+    alt: str
+    svg: bytes
+    wide: bool = False
+
+
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """A look for each method, by its place in the list."""
+    cycles = zip(names, itertools.cycle(_COLOURS), itertools.cycle(_DASHES), itertools.cycle(_MARKERS), strict=False)
+    return {name: Look(colour, dashes, marker) for name, colour, dashes, marker in cycles}
+
+
+def accuracy_charts(comparison: Comparison, metric: Metric) -> list[Chart]:
+    """The metric against rounds and against uplink, for each combination of the axes' values."""
+    style = looks(list(comparison.results.labels))
+    values = [stat for one in comparison.judged for stat in one.curve(metric).values]
+    limits = _limits(values)
+    charts = []
+    for number, group in enumerate(comparison.groups):
+        drawn = [one for one in group if one.curve(metric).values]
+        if not drawn:
+            continue
+        head = describe(comparison.combinations[number])
+        for by, unit in (("rounds", "round"), ("bytes", "MB sent up so far, all clients together")):
+            title = f"{METRIC_NAMES[metric].capitalize()} against {by}" + (f", {head}" if head else "")
+            figure, axes = _figure(unit, METRIC_NAMES[metric])
+            for one in drawn:
+                line = one.curve(metric)
+                xs: list[float] = list(line.rounds) if by == "rounds" else [up / 1e6 for up in line.up]
+                _band(axes, xs, line.values, style[one.row.method])
+            axes.set_ylim(*limits)
+            if by == "bytes":
+                _log_bytes(axes, [up / 1e6 for one in drawn for up in one.curve(metric).up if up > 0])
+            ends = "; ".join(f"{one.label} ends at {one.curve(metric).values[-1].mean:.3f}" for one in drawn)
+            charts.append(Chart(title, f"Line chart. {title}. {ends}.", _svg(figure)))
+    return charts
+
+
+def gap_charts(comparison: Comparison) -> list[Chart]:
+    """Final accuracy minus that of the reference method, against the number of clients."""
+    axis = "num-clients"
+    if len(comparison.results.axes.get(axis, [])) < 2:
+        return []
+    style = looks(list(comparison.results.labels))
+    reference = comparison.results.labels[comparison.results.reference]
+    others = []
+    for at in comparison.combinations:
+        if same_but(at, axis) not in others:
+            others.append(same_but(at, axis))
+    charts = []
+    for other in others:
+        numbers = [n for n, at in enumerate(comparison.combinations) if same_but(at, axis) == other]
+        points: dict[str, list[tuple[float, Stat]]] = {}
+        for number in numbers:
+            base = comparison.reference(number)
+            for one in comparison.groups[number]:
+                gap = measures.paired_gap(_by_seed(one), _by_seed(base)) if base is not None else None
+                if gap is not None:
+                    points.setdefault(one.row.method, []).append((float(comparison.combinations[number][axis]), gap))
+        if not points:
+            continue
+        head = describe(other)
+        title = f"Gap to {reference} against the number of clients" + (f", {head}" if head else "")
+        figure, axes = _figure("clients", f"final accuracy minus that of {reference}")
+        axes.axhline(0, color=_GREY, linewidth=0.8)
+        for shift, (method, line) in enumerate(points.items()):
+            look = style[method]
+            # Side by side, so that the bars of one number of clients can be told apart.
+            factor = 1.0 + 0.012 * (shift - (len(points) - 1) / 2)
+            line.sort(key=lambda point: point[0])
+            axes.errorbar(
+                [x * factor for x, _ in line],
+                [gap.mean for _, gap in line],
+                yerr=[gap.std or 0.0 for _, gap in line],
+                color=look.colour,
+                linestyle=look.style,
+                marker=look.marker,
+                markersize=4.5,
+                linewidth=1.6,
+                elinewidth=0.9,
+                capsize=2,
+            )
+        axes.set_xscale("log")
+        _plain_ticks(axes, sorted({float(comparison.combinations[number][axis]) for number in numbers}))
+        told = "; ".join(
+            f"{comparison.results.labels[method]} "
+            + ", ".join(f"{gap.mean:+.3f} at {x:g}" for x, gap in line)
+            for method, line in points.items()
+        )
+        charts.append(Chart(title, f"Line chart. {title}. {told}.", _svg(figure)))
+    return charts
+
+
+def error_charts(comparison: Comparison) -> list[Chart]:
+    """Aggregation error over rounds, of the methods that are not exact."""
+    style = looks(list(comparison.results.labels))
+    charts = []
+    for number, group in enumerate(comparison.groups):
+        drawn = [one for one in group if one.errors and not measures.is_exact(one.errors)]
+        if not drawn:
+            continue
+        head = describe(comparison.combinations[number])
+        title = "Aggregation error over rounds" + (f", {head}" if head else "")
+        figure, axes = _figure("round", "relative aggregation error")
+        for one in drawn:
+            look, shown = style[one.row.method], [(n, error) for n, error in one.errors if error > 0]
+            axes.plot(
+                [n for n, _ in shown],
+                [error for _, error in shown],
+                color=look.colour,
+                linestyle=look.style,
+                linewidth=1.7,
+                marker=look.marker if len(shown) == 1 else None,
+            )
+        axes.set_yscale("log")
+        told = "; ".join(f"{one.label} ends at {one.errors[-1][1]:.3g}" for one in drawn)
+        charts.append(Chart(title, f"Line chart. {title}. {told}.", _svg(figure)))
+    return charts
+
+
+def spread_charts(comparison: Comparison) -> list[Chart]:
+    """Mean and worst decile of the clients' accuracy, a line a method."""
+    charts = []
+    for number, group in enumerate(comparison.groups):
+        found = {
+            kind: [(one, stats) for one in group if (stats := measures.spread(one.runs, kind)) is not None]
+            for kind in ("accuracy", "personal-accuracy")
+        }
+        if not any(found.values()):
+            continue
+        head = describe(comparison.combinations[number])
+        title = "Mean and worst decile of the clients" + (f", {head}" if head else "")
+        lines = [(one, kind, stats) for one in group for kind in found for o, stats in found[kind] if o is one]
+        figure, axes = _figure("accuracy on the clients' own held-out samples", "", height=0.9 + 0.27 * len(lines))
+        style = looks(list(comparison.results.labels))
+        for place, (one, kind, (mean, _, worst)) in enumerate(reversed(lines)):
+            look, own = style[one.row.method], kind == "personal-accuracy"
+            axes.plot([worst.mean, mean.mean], [place, place], color=look.colour, linewidth=1.6)
+            fill = "white" if own else look.colour
+            axes.plot([mean.mean], [place], "o", color=look.colour, markerfacecolor=fill, markersize=6)
+            axes.plot([worst.mean], [place], "|", color=look.colour, markersize=10, markeredgewidth=1.8)
+        names = [one.label + (", own models" if kind == "personal-accuracy" else "") for one, kind, _ in reversed(lines)]
+        axes.set_yticks(range(len(lines)), [_shortened(name) for name in names])
+        axes.set_ylim(-0.7, len(lines) - 0.3)
+        axes.minorticks_off()
+        told = "; ".join(
+            f"{one.label}{', own models' * (kind != 'accuracy')} mean {mean.mean:.3f}, worst decile {worst.mean:.3f}"
+            for one, kind, (mean, _, worst) in lines
+        )
+        charts.append(Chart(title, f"Dot chart. {title}. {told}.", _svg(figure)))
+    return charts
+
+
+def partition_charts(comparison: Comparison) -> list[Chart]:
+    """How many samples of each class each client has, a picture a partition."""
+    charts = []
+    for entry in comparison.results.partitions:
+        counts: list[list[int]] = entry["counts"]
+        clients, classes = len(counts), len(counts[0])
+        settings: Mapping[str, Any] = entry["settings"]
+        what = f"{settings['dataset']}, {settings['partitioner']}, {settings['num-clients']} clients"
+        shown = f" (the first {clients})" if clients < settings["num-clients"] else ""
+        title = f"Partition: {what}{shown}"
+        figure, axes = _figure("client", "class", height=1.5 + 0.14 * min(max(classes, 8), 40))
+        axes.grid(False, which="both")
+        axes.minorticks_off()
+        by_class = [[client[label] for client in counts] for label in range(classes)]
+        image = axes.imshow(by_class, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, origin="lower")
+        _integer_ticks(axes)
+        bar = figure.colorbar(image, ax=axes, pad=0.02)
+        bar.set_label("samples", color=_INK, fontsize=10)
+        bar.ax.tick_params(labelsize=9, labelcolor=_INK)
+        bar.outline.set_visible(False)
+        sizes = [sum(client) for client in counts]
+        held = [sum(count > 0 for count in client) for client in counts]
+        alt = (
+            f"Heat map of {clients} clients by {classes} classes ({what}). Clients have {min(sizes)} to {max(sizes)} "
+            f"samples of {min(held)} to {max(held)} classes."
+        )
+        charts.append(Chart(title, alt, _svg(figure)))
+    return charts
+
+
+def _by_seed(one: Judged) -> dict[int, measures.Record]:
+    return {seed: record for seed, record in one.row.runs.items() if record.finished}
+
+
+def _figure(xlabel: str, ylabel: str, height: float = _SIZE[1]) -> "tuple[Figure, Axes]":
+    # Standing alone: pyplot's figures, backend and settings remain the user's.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(_SIZE[0], height), facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04))
+    axes = figure.subplots()
+    axes.set_axisbelow(True)
+    axes.minorticks_on()
+    axes.grid(which="major", color="#DADDE2", linewidth=0.7)
+    axes.grid(which="minor", color="#EEF0F3", linewidth=0.5)
+    axes.tick_params(which="both", color="#B5BAC2", labelcolor=_INK, labelsize=10)
+    axes.tick_params(which="minor", length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color("#B5BAC2")
+    axes.set_xlabel(xlabel, fontsize=10.5, color=_INK)
+    axes.set_ylabel(ylabel, fontsize=10.5, color=_INK)
+    return figure, axes
+
+
+def _band(axes: "Axes", xs: Sequence[float], values: Sequence[Stat], look: Look) -> None:
+    means = [stat.mean for stat in values]
+    stds = [stat.std or 0.0 for stat in values]
+    if any(stds):
+        low = [mean - std for mean, std in zip(means, stds, strict=True)]
+        high = [mean + std for mean, std in zip(means, stds, strict=True)]
+        axes.fill_between(xs, low, high, color=look.colour, alpha=0.13, linewidth=0)
+    axes.plot(xs, means, color=look.colour, linestyle=look.style, linewidth=1.7)
+    axes.plot(xs[-1:], means[-1:], color=look.colour, marker=look.marker, markersize=5)
+
+
+def _limits(values: Sequence[Stat]) -> tuple[float, float]:
+    """The same for all panels, so that they can be compared."""
+    if not values:
+        return 0.0, 1.0
+    low = min(stat.mean - (stat.std or 0.0) for stat in values)
+    high = max(stat.mean + (stat.std or 0.0) for stat in values)
+    room = 0.04 * (high - low or 0.1)
+    return max(low - room, -0.02), min(high + room, 1.02)
+
+
+def _log_bytes(axes: "Axes", xs: Sequence[float]) -> None:
+    """A log axis; the origin has no place on it."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if not xs:
+        return
+    axes.set_xscale("log", nonpositive="mask")
+    axes.set_xlim(min(xs) / 1.25, max(xs) * 1.35)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if max(xs) > 100 * min(xs) else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(LogLocator(subs=list(range(2, 10))))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain_ticks(axes: "Axes", xs: Sequence[float]) -> None:
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+    axes.xaxis.set_major_locator(FixedLocator(list(xs)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _integer_ticks(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+
+
+def _shortened(text: str, most: int = 34) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}\u2026"
+
+
+def _svg(figure: "Figure") -> bytes:
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "fedloru", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+

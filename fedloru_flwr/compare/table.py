@@ -1,0 +1,404 @@
+"""The comparison's tables, for Markdown and HTML alike, and the same numbers as CSV."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fedloru_flwr.compare import measures
+from fedloru_flwr.compare.judged import Comparison, Judged, winners
+from fedloru_flwr.compare.measures import Metric, Stat
+from fedloru_flwr.compare.spec import describe
+
+METRIC_NAMES: dict[Metric, str] = {"accuracy": "accuracy", "personal": "personal accuracy"}
+NONE = "\u2013"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number as people read it; the best of its column is marked."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass
+class Table:
+    """A table.
+
+    Attributes:
+        title: what it is.
+        caption: what it shows, in full.
+        columns: heads; the first is of the rows' names.
+        sections: rows under a head of their own; the head is empty where there is one section.
+    """
+
+    title: str
+    caption: str
+    columns: list[str]
+    sections: list[tuple[str, list[list[Cell]]]] = field(default_factory=list)
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """All tables that have something to show."""
+    metrics: list[Metric] = [metric for metric in METRIC_NAMES if comparison.has(metric)]
+    found = [_main(comparison)]
+    for metric in metrics:
+        found += _budgets(comparison, metric)
+    if comparison.results.targets:
+        found += [_targets(comparison, metric) for metric in metrics]
+    found += [_spread(comparison), _errors(comparison)]
+    return [table for table in found if any(rows for _, rows in table.sections)]
+
+
+def winners_table(comparison: Comparison) -> Table:
+    """Who is best at what, a row for each combination."""
+    metric: Metric = "accuracy" if comparison.has("accuracy") else "personal"
+    given = comparison.results.budgets_mb
+    names = [f"{value:g} MB up" for value in given] if given is not None else ["low", "middle", "high uplink"]
+    columns = ["", f"final {METRIC_NAMES[metric]}", *(f"at {name}" for name in names)]
+    columns += [f"fewest MB to {target:g}" for target in comparison.results.targets]
+    table = Table("Who is ahead", "", columns)
+    rows = []
+    for number, at in enumerate(comparison.combinations):
+        group = comparison.groups[number]
+        cells = [Cell(describe(at) or "all"), _winner(group, [_mean(one.final(metric)) for one in group])]
+        budgets = comparison.budgets(number)
+        for budget in budgets:
+            found = [one.at_budget(budget, metric) for one in group]
+            cell = _winner(group, [None if at is None else at.value.mean for at in found])
+            cells.append(cell if given is not None else Cell(f"{cell.text} at {_mb(budget * 1e6)} MB"))
+        cells += [Cell(NONE)] * (len(names) - len(budgets))
+        for target in comparison.results.targets:
+            reached = [one.reached(target, metric) for one in group]
+            spent = [None if at is None else at[1] for at in reached]
+            cells.append(_winner(group, spent, low=True))
+        rows.append(cells)
+    table.sections.append(("", rows))
+    return table
+
+
+def _winner(group: Sequence[Judged], values: Sequence[float | None], *, low: bool = False) -> Cell:
+    known = [value for value in values if value is not None]
+    if not known:
+        return Cell(NONE)
+    top = min(known) if low else max(known)
+    labels = [one.label for one, value in zip(group, values, strict=True) if value == top]
+    return Cell(f"{' = '.join(labels)}: {_mb(top) + ' MB' if low else f'{top:.3f}'}")
+
+
+def _main(comparison: Comparison) -> Table:
+    personal = comparison.has("personal")
+    columns = ["method", "final accuracy", "best accuracy", *(["final personal accuracy"] if personal else [])]
+    columns += ["MB up", "MB down", "MB up a client", "MB down a client", "runs"]
+    table = Table(
+        "Accuracy and bytes",
+        "Final accuracy is that of the last round, best accuracy the highest of any round: mean \u00b1 sample standard "
+        "deviation over the seeds. Bytes are those of the whole run, up (sent by clients) and down (sent to them), in all "
+        "and for each of the clients (1 MB = 1,000,000 bytes), mean over the seeds."
+        + (" Personal accuracy is that of each client's own model on its own held-out samples, mean over clients." * personal),
+        columns,
+    )
+    for number, group in enumerate(comparison.groups):
+        finals = [one.final("accuracy") for one in group]
+        bests = [one.best("accuracy") for one in group]
+        personals = [one.final("personal") for one in group]
+        top = [winners([_mean(stat) for stat in stats]) for stats in (finals, bests, personals)]
+        rows = []
+        for index, one in enumerate(group):
+            cells = [Cell(one.label), _stat(finals[index], index in top[0]), _stat(bests[index], index in top[1])]
+            if personal:
+                cells.append(_stat(personals[index], index in top[2]))
+            for total in (one.up, one.down):
+                cells.append(Cell(_mb(total)))
+            for total in (one.up, one.down):
+                cells.append(Cell(_mb(None if total is None or not one.clients else total / one.clients)))
+            cells.append(Cell(_runs(one)))
+            rows.append(cells)
+        table.sections.append((describe(comparison.combinations[number]), rows))
+    return table
+
+
+def _budgets(comparison: Comparison, metric: Metric) -> list[Table]:
+    """One table where the budgets are given, else one for each combination, which has budgets of its own."""
+    name = METRIC_NAMES[metric]
+    given = comparison.results.budgets_mb is not None
+    caption = (
+        f"{name.capitalize()} (mean \u00b1 sample standard deviation over the seeds) of the last evaluation by which all "
+        "clients together had sent at most so many MB, so every method is stopped at equal bytes. The best of a column is "
+        "marked. \u2020: the whole run sent less than the budget. \u2021: untrained, a single round sends more."
+    )
+    if not given:
+        caption += (
+            " The budgets are a quarter of the smallest total uplink of a method, that total, and the median of the totals."
+        )
+    found: list[Table] = []
+    for number, group in enumerate(comparison.groups):
+        budgets = comparison.budgets(number)
+        if not budgets:
+            continue
+        at = [[one.at_budget(budget, metric) for one in group] for budget in budgets]
+        top = [winners([None if cell is None else cell.value.mean for cell in column]) for column in at]
+        rows = []
+        for index, one in enumerate(group):
+            cells = [Cell(one.label)]
+            for column, best in zip(at, top, strict=True):
+                cell = column[index]
+                mark = "" if cell is None else " \u2021" if cell.untrained else " \u2020" if cell.whole else ""
+                shown = _stat(None if cell is None else cell.value, index in best)
+                cells.append(Cell(shown.text + mark, shown.best))
+            rows.append(cells)
+        head = describe(comparison.combinations[number])
+        if not given or not found:
+            title = f"{name.capitalize()} at equal uplink"
+            title += f", {head}" if head and not given else ""
+            columns = ["method", *(f"{_mb(budget * 1e6)} MB up" for budget in budgets)]
+            found.append(Table(title, "" if found else caption, columns))
+        found[-1].sections.append((head if given else "", rows))
+    return found
+
+
+def _targets(comparison: Comparison, metric: Metric) -> Table:
+    name, targets = METRIC_NAMES[metric], comparison.results.targets
+    heads = [head for target in targets for head in (f"rounds to {target:g}", f"MB up to {target:g}")]
+    table = Table(
+        f"Rounds and bytes to a target {name}",
+        f"Charged until the mean {name} of the seeds first reaches the target; MB are sent by all clients together. The "
+        "fewest of a column are marked.",
+        ["method", *heads],
+    )
+    for number, group in enumerate(comparison.groups):
+        reached = [[one.reached(target, metric) for one in group] for target in targets]
+        fewest = [
+            [winners([None if at is None else at[part] for at in column], low=True) for part in (0, 1)]
+            for column in reached
+        ]
+        rows = []
+        for index, one in enumerate(group):
+            cells = [Cell(one.label)]
+            for column, (rounds, spent) in zip(reached, fewest, strict=True):
+                at = column[index]
+                if at is None:
+                    cells += [Cell("not reached" if one.curve(metric).values else NONE), Cell(NONE)]
+                else:
+                    cells += [Cell(str(at[0]), index in rounds), Cell(_mb(at[1]), index in spent)]
+            rows.append(cells)
+        table.sections.append((describe(comparison.combinations[number]), rows))
+    return table
+
+
+def _spread(comparison: Comparison) -> Table:
+    heads = [
+        f"{kind}: {number}"
+        for kind in ("global model", "own models")
+        for number in ("mean", "std over clients", "worst decile")
+    ]
+    table = Table(
+        "Spread over clients",
+        "Accuracy of the clients on their own held-out samples at the last evaluation, with the global model and, where a "
+        "method has them, with their own models: mean and standard deviation over the clients, and the mean of the tenth "
+        "of the clients with the lowest accuracy; each is the mean over the seeds.",
+        ["method", *heads],
+    )
+    for number, group in enumerate(comparison.groups):
+        rows = []
+        for one in group:
+            found = [measures.spread(one.runs, metric) for metric in ("accuracy", "personal-accuracy")]
+            if any(found):
+                cells = [Cell(one.label)]
+                for stats in found:
+                    cells += [Cell(f"{stat.mean:.3f}") for stat in stats] if stats else [Cell(NONE)] * 3
+                rows.append(cells)
+        table.sections.append((describe(comparison.combinations[number]), rows))
+    return table
+
+
+def _errors(comparison: Comparison) -> Table:
+    table = Table(
+        "Aggregation error",
+        "How far what the server went on with was from the exact mean of the clients' updates, relative to that mean "
+        "(Frobenius norms, mean over layers and seeds). 0: exact up to rounding in float32.",
+        ["method", "mean over rounds", "last round", "largest"],
+    )
+    for number, group in enumerate(comparison.groups):
+        rows = []
+        for one in group:
+            errors = [error for _, error in one.errors]
+            if measures.is_exact(one.errors):
+                rows.append([Cell(one.label), Cell("0"), Cell("0"), Cell("0")])
+            elif errors:
+                told = [sum(errors) / len(errors), errors[-1], max(errors)]
+                rows.append([Cell(one.label), *(Cell(f"{value:.3g}") for value in told)])
+        table.sections.append((describe(comparison.combinations[number]), rows))
+    return table
+
+
+def choices_table(comparison: Comparison) -> Table | None:
+    """What was tried in the grids, and what was chosen; None where nothing was tuned."""
+    results = comparison.results
+    if not results.choices:
+        return None
+    one = results.choices[0]
+    table = Table(
+        "Tuning",
+        f"Every candidate of each grid, its score ({one['by'].replace('_', ' ')}, mean over the seeds "
+        f"{', '.join(map(str, one['seeds']))}) and the one chosen. \u201cwidened\u201d: added because the best value was at the "
+        "edge of the grid.",
+        ["candidate", "score", ""],
+    )
+    for choice in results.choices:
+        rows = []
+        for tried in choice["tried"]:
+            chosen = tried["values"] == choice["values"]
+            remarks = [*(["chosen"] if chosen else []), *(["widened"] if tried["widened"] else [])]
+            cells = [Cell(describe(tried["values"])), Cell(_score(tried["score"], choice["by"]), chosen)]
+            rows.append([*cells, Cell(", ".join(remarks))])
+        head = ", ".join(filter(None, (results.labels[choice["method"]], describe(choice["at"]))))
+        table.sections.append((head, rows))
+    return table
+
+
+def markdown(comparison: Comparison) -> str:
+    """All tables as Markdown: no wall-clock time, so the same runs give the same bytes."""
+    results = comparison.results
+    parts = [f"# {results.title}\n", _seeds_line(results.seeds) + "\n"]
+    told = failures(comparison)
+    if told:
+        parts.append("## Failed\n\n" + "\n".join(f"- {_escaped(line)}" for line in told) + "\n")
+    found = [*tables(comparison), choices_table(comparison)]
+    parts += [_markdown_table(table) for table in found if table is not None]
+    return "\n".join(parts)
+
+
+def failures(comparison: Comparison) -> list[str]:
+    """A line for each run that failed and each grid that could not be decided."""
+    results = comparison.results
+    lines = [
+        f"{results.labels[row.method]}, {describe({**row.at, 'seed': seed})}: {reason}"
+        for row, seed, reason in results.failures
+    ]
+    for row in results.unmeasured:
+        where = ", ".join(filter(None, (results.labels[row.method], describe(row.at))))
+        lines.append(f"{where}: no candidate of the grid could be measured")
+    return lines
+
+
+def as_csv(comparison: Comparison) -> str:
+    """One line a row, with the numbers in full."""
+    results = comparison.results
+    budgets = max((len(comparison.budgets(number)) for number in range(len(comparison.groups))), default=0)
+    lines = []
+    for number, group in enumerate(comparison.groups):
+        for one in group:
+            line: dict[str, object] = {"method": one.row.method, "label": one.label, **one.row.at}
+            line["chosen"] = describe(one.row.choice)
+            line["seeds"] = len(one.runs)
+            line["failed"] = len(one.row.runs) - len(one.runs)
+            for metric in METRIC_NAMES:
+                for name, stat in (("final", one.final(metric)), ("best", one.best(metric))):
+                    line[f"{name}_{metric}_mean"] = _mean(stat)
+                    line[f"{name}_{metric}_std"] = stat.std if stat else None
+            line["bytes_up"], line["bytes_down"] = one.up, one.down
+            for way, total in (("up", one.up), ("down", one.down)):
+                line[f"bytes_{way}_per_client"] = total / one.clients if total is not None and one.clients else None
+            for target in results.targets:
+                for metric in METRIC_NAMES:
+                    reached = one.reached(target, metric) or (None, None, None)
+                    for name, value in zip(("rounds", "bytes_up", "bytes_down"), reached, strict=True):
+                        line[f"{name}_to_{metric}_{target:g}"] = value
+            limits = comparison.budgets(number)
+            for index in range(budgets):
+                limit = limits[index] if index < len(limits) else None
+                line[f"budget_{index + 1}_mb"] = limit
+                for metric in METRIC_NAMES:
+                    at = None if limit is None else one.at_budget(limit, metric)
+                    line[f"{metric}_at_budget_{index + 1}_mean"] = at.value.mean if at else None
+                    line[f"{metric}_at_budget_{index + 1}_std"] = at.value.std if at else None
+            for kind in ("accuracy", "personal-accuracy"):
+                stats = measures.spread(one.runs, kind) or (None, None, None)
+                for name, stat in zip(("mean", "std", "worst_decile"), stats, strict=True):
+                    line[f"clients_{kind.replace('-', '_')}_{name}"] = _mean(stat)
+            errors = [error for _, error in one.errors]
+            line["aggregation_error_mean"] = sum(errors) / len(errors) if errors else None
+            line["failures"] = "; ".join(run.reason for run in one.row.runs.values() if not run.finished)
+            lines.append({key: _number(value) for key, value in line.items()})
+    return _csv(lines)
+
+
+def timing_csv(comparison: Comparison) -> str:
+    """Seconds of each run, which differ from machine to machine."""
+    return _csv(
+        [
+            {"method": row.method, **row.at, "seed": seed, "seconds": run.seconds}
+            for row in comparison.results.rows
+            for seed, run in row.runs.items()
+        ]
+    )
+
+
+def _csv(lines: Sequence[dict[str, object]]) -> str:
+    buffer = io.StringIO()
+    if lines:
+        writer = csv.DictWriter(buffer, fieldnames=list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    return buffer.getvalue()
+
+
+def _number(value: object) -> object:
+    return f"{value:.8g}" if isinstance(value, float) else "" if value is None else value
+
+
+def _markdown_table(table: Table) -> str:
+    headed = any(head for head, _ in table.sections)
+    columns = [*([""] if headed else []), *table.columns]
+    lines = [f"## {table.title}\n", *([f"{table.caption}\n"] if table.caption else [])]
+    lines.append("| " + " | ".join(columns) + " |")
+    texts = 2 if headed else 1
+    lines.append("|" + "---|" * texts + "---:|" * (len(columns) - texts))
+    for head, rows in table.sections:
+        for cells in rows:
+            shown = [f"**{_escaped(cell.text)}**" if cell.best else _escaped(cell.text) for cell in cells]
+            lines.append("| " + " | ".join([*([_escaped(head)] if headed else []), *shown]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*")
+
+
+def _seeds_line(seeds: Sequence[int]) -> str:
+    return f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}."
+
+
+def _mean(stat: Stat | None) -> float | None:
+    return stat.mean if stat else None
+
+
+def _stat(stat: Stat | None, best: bool = False) -> Cell:
+    if stat is None:
+        return Cell(NONE)
+    return Cell(f"{stat.mean:.3f}" + (f" \u00b1 {stat.std:.3f}" if stat.std is not None else ""), best)
+
+
+def _mb(num_bytes: float | None) -> str:
+    """Megabytes with three digits."""
+    if num_bytes is None:
+        return NONE
+    value = num_bytes / 1e6
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:,.{max(min(digits, 6), 0)}f}"
+
+
+def _runs(one: Judged) -> str:
+    there, asked = len(one.runs), len(one.row.runs) + len(one.row.missing)
+    return str(there) if there == asked else f"{there} of {asked}"
+
+
+def _score(score: Sequence[float | None] | None, by: str) -> str:
+    if score is None or score[-1] is None:
+        return "failed"
+    if by != "bytes_up_to_target":
+        return f"{score[-1]:.4f}"
+    return f"not reached, {score[-1]:.4f} at the end" if score[0] is None else f"{_mb(-score[0])} MB"

@@ -1,0 +1,54 @@
+"""FLoRA: the clients' factors are stacked, so that the mean of their products is exact (Wang et al., arXiv 2409.05976).
+
+``W <- W + s sum_k p_k B_k A_k`` after every round, with ``B = [p_1 B_1, p_2 B_2, ...]`` and ``A = [A_1; A_2; ...]``; then
+everybody starts from fresh factors, which are drawn from the seed and not sent. Clients may have different ranks.
+
+A client sends ``r_k (in + out)`` numbers a factorised layer and the dense leaves. It receives the stacks of every round it
+has missed, ``sum_k r_k (in + out)`` each (or the layer's product where that is smaller), or ``W`` where that is smaller.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from fedloru_flwr import wire
+from fedloru_flwr.lowrank import Adapter, stacked
+from fedloru_flwr.lowrank.aggregation import shares
+from fedloru_flwr.strategies.federated import Received
+from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
+from fedloru_flwr.strategies.state import Outcome, ServerState
+
+
+class FLoRA(LowRankStrategy):
+    """For the arguments see `LowRankStrategy`."""
+
+    algorithm = "flora"
+    accumulation = Accumulation(refused="its stacked products go into the model after every round as it is")
+    fixed_form = "stacks are of pairs"
+    refused = {
+        "inner": "FLoRA stacks factors and averages nothing but dense leaves",
+        "scaffold": "the factors are drawn anew every round, so that they never have control variates",
+        "keep": "the factors restart after every round",
+    }
+
+    def _initial_state(self) -> ServerState:
+        """Only dense leaves are averaged; the factors are as drawn."""
+        state = super()._initial_state()
+        return replace(state, trainables={key: state.trainables[key] for key in self.plan.dense_leaves})
+
+    def _reply_like(self, work: wire.Work) -> dict[str, Tensor]:
+        return {**self.plan.fresh(self.seed, 0, work.rank or None), **self.state.trainables}
+
+    def _common_form(self, work: wire.Work, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: tensors[key] for key in self.state.trainables}
+
+    def _adapter_of(self, received: Received) -> Mapping[str, Tensor]:
+        return {key: received.tensors[key] for key in self.plan.factor_keys}
+
+    def _settle(self, mean: Mapping[str, Tensor], replies: Sequence[Received]) -> Outcome:
+        p = shares([reply.weight for reply in replies])
+        stack: Adapter = {}
+        for layer in self.plan.layers:
+            stack |= stacked(layer, [reply.tensors for reply in replies], p)
+        return Outcome(dict(mean), applied=stack, entries=((stack, self.plan.scale),), restart=True)

@@ -1,0 +1,22 @@
+"""RoLoRA: ``A`` and ``B`` are trained in alternate rounds (Chen et al., arXiv 2502.01755).
+
+In odd rounds ``B`` is trained with ``A`` frozen, in even rounds ``A`` with ``B`` frozen; the frozen half is the same on all
+clients, so that averaging the other averages the products exactly. Both halves go down (a client may have missed the
+last round), one half comes up.
+"""
+
+from fedloru_flwr import wire
+from fedloru_flwr.strategies.lowrank import LowRankStrategy
+
+
+class RoLoRA(LowRankStrategy):
+    """For the arguments see `LowRankStrategy`; after an accumulation ``B`` is trained first again."""
+
+    algorithm = "rolora"
+    fixed_form = "a Hadamard product has four parts; RoLoRA alternates between the two of a pair"
+    refused = {"ranks": "averaging needs factors of one shape"}
+
+    def _half(self, server_round: int) -> wire.Half:
+        # B first, also after a restart: while it is zero, A gets no gradient.
+        first, _ = self.schedule.cycle(server_round, server_round)
+        return "b" if (server_round - first) % 2 == 0 else "a"
