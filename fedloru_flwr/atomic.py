@@ -47,9 +47,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     _write_chunks(Path(path), (data,))
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8, line ends as they are."""
-    write_bytes(path, text.encode())
+def write_text(path: str | os.PathLike[str], text: str, *, durable: bool = True) -> None:
+    """Write ``text`` as UTF-8, line ends as they are; for ``durable`` see `write_tensors`."""
+    _write_chunks(Path(path), (text.encode(),), durable=durable)
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
@@ -58,9 +58,16 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    durable: bool = True,
 ) -> None:
     """Write a safetensors file, the same bytes for the same tensors and metadata.
+
+    What is not ``durable`` is whole or absent after a kill, but not surely after a power cut: for files that can be
+    had again. It is not waited for, and a killed process's leftover stays.
 
     The library's own ``save_file`` is not used: it renames a temporary file of its own choosing, which a kill
     leaves behind, makes the file unreadable to others, and orders the metadata at random. Tensors may be on any
@@ -83,7 +90,7 @@ def write_tensors(
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)  # so that the data are aligned
     chunks = (_raw(tensors[name]) for name in names)
-    _write_chunks(Path(path), (len(head).to_bytes(8, "little"), head), chunks)
+    _write_chunks(Path(path), (len(head).to_bytes(8, "little"), head), chunks, durable=durable)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -151,20 +158,23 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def _write_chunks(path: Path, *parts: Iterable[bytes | memoryview]) -> None:
-    remove_leftovers(path.parent, path.name)
+def _write_chunks(path: Path, *parts: Iterable[bytes | memoryview], durable: bool = True) -> None:
+    if durable:
+        remove_leftovers(path.parent, path.name)
     temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
             for part in parts:
                 file.writelines(part)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         _unlink_if_possible(temporary)
         raise
-    _sync_directory(path.parent)
+    if durable:
+        _sync_directory(path.parent)
 
 
 def _raw(tensor: Tensor) -> memoryview:

@@ -1,10 +1,11 @@
 """The command ``fedloru``.
 
-Exit status: 0 done, 1 failed (state saved), 2 bad input (nothing started).
+Exit status: 0 done, 1 failed (state saved), 2 bad input (nothing started), 130 interrupted (state saved).
 """
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,68 @@ def run(
         if os.environ.get("FEDLORU_DEBUG"):
             raise
         _fail(error, 1)
+
+
+@app.command()
+def compare(
+    conf: Annotated[Path, typer.Argument(help="A TOML file of methods, axes, seeds and grids.", show_default=False)],
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where everything goes; by default runs/compare-<name of CONF>.", show_default=False),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="in-process, or flower.")] = "in-process",
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time; by default one a core, on Flower one.", show_default=False)
+    ] = None,
+) -> None:
+    """Run many methods over seeds and axes, or go on with that, and judge them side by side."""
+    from fedloru_flwr import launch
+    from fedloru_flwr.compare import compare as run_comparison
+
+    def work() -> tuple[str, ...]:
+        if engine not in launch.ENGINES:
+            raise ConfigError(f"engine = {engine!r} is not one of {', '.join(launch.ENGINES)}")
+        chosen: launch.Engine = "flower" if engine == "flower" else "in-process"
+        return run_comparison(conf, output_dir, engine=chosen, jobs=jobs).failures
+
+    _judge(work)
+
+
+@app.command()
+def report(
+    dirs: Annotated[
+        list[Path], typer.Argument(help="Output directories of fedloru compare, or run directories.", metavar="DIR...")
+    ],
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="By default a comparison's own, else report beside the first DIR.", show_default=False),
+    ] = None,
+) -> None:
+    """Write tables and report anew: of a comparison, of several joined, or of runs that stand alone."""
+    from fedloru_flwr.compare import report as write_report
+
+    def work() -> tuple[str, ...]:
+        write_report(dirs, output_dir)
+        return ()
+
+    _judge(work)
+
+
+def _judge(work: Callable[[], tuple[str, ...]]) -> None:
+    """Do ``work``, which returns what failed, and end with the status that says so."""
+    try:
+        failed = work()
+    except ValueError as error:
+        _fail(error, 2)
+    except KeyboardInterrupt as interrupt:
+        _fail(f"interrupted; {interrupt}", 130)
+    except Exception as error:
+        if os.environ.get("FEDLORU_DEBUG"):
+            raise
+        _fail(error, 1)
+    else:
+        if failed:
+            _fail(f"{len(failed)} failed, the rest is done", 1)
 
 
 def _fail(error: object, status: int) -> None:

@@ -11,6 +11,7 @@ from fedloru_flwr import wire
 from fedloru_flwr.clients.identity import client_identity
 from fedloru_flwr.clients.mods import session_mod
 from fedloru_flwr.clients.session import LowRankSession
+from fedloru_flwr.clients.together import Request, Together
 from fedloru_flwr.clients.training import choose_device, evaluate, train_locally
 from fedloru_flwr.config import RunConfig
 from fedloru_flwr.data import ClientData
@@ -51,6 +52,29 @@ def evaluate_held_out(message: Message, context: Context) -> Message:
         for name, value in evaluate(model, data.held_out, choose_device(config.device)).items()
     }
     return session.reply({**metrics, wire.NUM_EXAMPLES: len(data.held_out)})
+
+
+_together = Together()
+
+
+def train_or_evaluate_together(requests: list[tuple[Message, Context]]) -> list[Message | Exception | None]:
+    """Handle the messages of one phase of a round as one batch, where that can be done; see `Together`.
+
+    A message that is neither training nor evaluation, or that has to be handled by itself, gets None.
+    """
+    kinds = {message.metadata.message_type.split(".")[0] for message, _ in requests}
+    if len(kinds) != 1 or not kinds <= {"train", "evaluate"}:
+        return [None] * len(requests)
+    config = RunConfig.from_mapping(requests[0][1].run_config)
+    if not config.batched:
+        return [None] * len(requests)
+    torch.set_num_threads(config.threads)
+    server_round = wire.read_order(requests[0][0]).server_round
+    whole = []
+    for message, context in requests:
+        data, spec = client_data(config, context)
+        whole.append(Request(message, context, network_factory(config, spec), data))
+    return _together.answer(whole, local_optimisation(config, server_round), choose_device(config.device))
 
 
 def _begin(message: Message, context: Context) -> tuple[RunConfig, ClientData, LowRankSession]:

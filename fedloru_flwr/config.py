@@ -34,7 +34,6 @@ _FREE_WHEN_CONTINUED = (
     "timeout",
     "max-failure-fraction",
     "aggregation-error",
-    "batched",
 )
 
 
@@ -103,7 +102,9 @@ class RunConfig:
     server_second_momentum: float = _setting(0.99, "beta_2 of FedAdam and FedYogi", low=0, high=0.999999)
     server_adaptivity: float = _setting(0.001, "tau of FedAdam, FedYogi and FedAdagrad", above=0)
     aggregation_error: bool = _setting(True, "measure how far the aggregate is from the mean of the products")
-    dataset: str = _setting("digits", "digits, local (see data-path), hub:<name>, or clients (only they have data)")
+    dataset: str = _setting(
+        "digits", "digits, glyphs (generated), local (see data-path), hub:<name>, or clients (only they have data)"
+    )
     data_path: str = _setting("", "for local: a folder, CSV, JSON or Parquet file")
     label_column: str = _setting("label", "the column to predict")
     input_columns: str = _setting("", "the columns to predict from, by commas; empty chooses")
@@ -116,12 +117,17 @@ class RunConfig:
     min_partition_size: int = _setting(2, "fewest samples of a client", low=2)
     test_fraction: float = _setting(0.2, "central test part of a source without a test split", above=0, high=0.9)
     held_out_fraction: float = _setting(0.2, "part of its samples a client does not train on", above=0, high=0.9)
+    glyph_samples: int = _setting(12000, "for glyphs: how many to generate, the central test part included", low=124)
+    glyph_size: int = _setting(28, "for glyphs: pixels a side", low=8)
+    glyph_noise: float = _setting(0.06, "for glyphs: standard deviation of the noise on pixels in [0, 1]", low=0)
+    glyph_seed: int = _setting(0, "for glyphs: of their generation; seed does not change them", low=0)
     model: str = _setting("cnn", "the network", choices=("cnn", "mlp", "resnet10", "resnet18"))
     model_width: int = _setting(0, "channels of the first stage; 0 is the network's default", low=0)
     hidden: str = _setting("256,256", "widths of the multilayer perceptron's hidden layers")
     norm: str = _setting("group", "the ResNets' normalisation", choices=("group", "batch"))
     seed: int = _setting(0, "of everything random", low=0)
     threads: int = _setting(1, "torch's threads in every process", low=1)
+    batched: bool = _setting(True, "train clients as one batch where the engine can (in-process)")
     device: str = _setting("auto", "where clients train", choices=("auto", "cpu", "cuda", "mps"))
     output_dir: str = _setting("runs", "where run directories go")
     run_name: str = _setting("", "the run's directory; empty is a time stamp")

@@ -108,11 +108,17 @@ def _resolve(config: RunConfig) -> RunConfig:
 
 def _run_in_process(config: RunConfig, store: Path) -> None:
     from fedloru_flwr.client_app import app as client_app
+    from fedloru_flwr.client_app import train_or_evaluate_together
     from fedloru_flwr.engines.in_process import run_in_process
     from fedloru_flwr.server_app import app as server_app
 
     run_in_process(
-        server_app, client_app, num_supernodes=config.num_clients, run_config=config.as_mapping(), store_dir=store
+        server_app,
+        client_app,
+        num_supernodes=config.num_clients,
+        run_config=config.as_mapping(),
+        store_dir=store,
+        together=train_or_evaluate_together,
     )
 
 

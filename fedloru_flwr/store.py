@@ -23,12 +23,15 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DEFAULT_BYTES = 4 * 2**30
 
 
-def default_path() -> Path:
-    """``$FEDLORU_STORE``, else ``fedloru`` in Flower's home (``$FLWR_HOME`` or ``~/.flwr``)."""
+def default_store() -> "Store":
+    """A store in ``$FEDLORU_STORE``, as simulations have it; else in ``fedloru`` in Flower's home, and durable.
+
+    Flower's home is ``$FLWR_HOME`` or ``~/.flwr``.
+    """
     if explicit := os.environ.get("FEDLORU_STORE"):
-        return Path(explicit)
+        return Store(Path(explicit), durable=False)
     home = os.environ.get("FLWR_HOME")
-    return (Path(home) if home else Path.home() / ".flwr") / "fedloru"
+    return Store((Path(home) if home else Path.home() / ".flwr") / "fedloru")
 
 
 class Store:
@@ -40,11 +43,13 @@ class Store:
     Args:
         path: the directory; it is made when first written to.
         max_bytes: size above which the least recently used files are removed.
+        durable: clients' own states survive a power cut; the rest can be had again from the server.
     """
 
-    def __init__(self, path: Path, max_bytes: int = _DEFAULT_BYTES) -> None:
+    def __init__(self, path: Path, max_bytes: int = _DEFAULT_BYTES, *, durable: bool = True) -> None:
         self.path = path
         self.max_bytes = max_bytes
+        self.durable = durable
 
     def _file(self, kind: str, digest: str) -> Path:
         if not _DIGEST.fullmatch(digest):
@@ -53,7 +58,7 @@ class Store:
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_tensors(path, tensors, metadata)
+        atomic.write_tensors(path, tensors, metadata, durable=False)
         self._trim(keep=path)
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
@@ -142,7 +147,7 @@ class Store:
         if self._noted(root, client) != (lineage, base):
             path = self._holdings(root, client)
             path.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_text(path, f"{lineage} {base}\n")
+            atomic.write_text(path, f"{lineage} {base}\n", durable=False)
 
     def _states(self, run: str, client: str) -> Path:
         return self.path / "states" / hashlib.sha256(f"{run}\x1f{client}".encode()).hexdigest()
@@ -151,7 +156,7 @@ class Store:
         """Keep what ``client`` has of its own after a round: personal adapters, residuals, control variates."""
         path = self._states(run, client) / f"{server_round}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_tensors(path, tensors, {"digest": digest_tensors(tensors)})
+        atomic.write_tensors(path, tensors, {"digest": digest_tensors(tensors)}, durable=self.durable)
 
     def state(self, run: str, client: str, server_round: int) -> dict[str, Tensor] | None:
         """What the client kept after exactly this round, or None; a damaged file counts as absent."""

@@ -7,8 +7,9 @@ message of the same type whose one ArrayRecord holds them. So every message has 
 mods expect.
 
 Client to server, a **reply**: one ArrayRecord with the Trainables (training only), one MetricRecord, one ConfigRecord
-with a JSON header, the statistics and, both ways, what else a method exchanges, such as control variates. A client that cannot or need not train gives an **answer** instead: a line of
-text, in a ConfigRecord or in the reason of an error reply (an exception is the only way out of a user's function).
+with a JSON header, the statistics and, both ways, what else a method exchanges, such as control variates. A client that
+cannot or need not train gives an **answer** instead: a line of text, in a ConfigRecord or in the reason of an error
+reply (an exception is the only way out of a user's function).
 """
 
 import json
@@ -547,8 +548,8 @@ def read_reply(content: RecordDict, *, trained: bool) -> Reply:
 
 def extras_bytes(content: RecordDict) -> int:
     """How much of a message's content its extras are."""
-    records = content.config_records.values()
-    return sum(len(config[EXTRAS]) for config in records if isinstance(config.get(EXTRAS), bytes))  # type: ignore[arg-type]  # bytes
+    found = (config.get(EXTRAS) for config in content.config_records.values())
+    return sum((len(extras) for extras in found if isinstance(extras, bytes)), 0)
 
 
 def clean_content(tensors: Mapping[str, Tensor], metrics: Mapping[str, Any], arrays_key: str) -> RecordDict:

@@ -38,6 +38,10 @@ def data_config(config: RunConfig) -> DataConfig:
         num_classes=config.num_classes,
         test_fraction=config.test_fraction,
         held_out_fraction=config.held_out_fraction,
+        glyph_samples=config.glyph_samples,
+        glyph_size=config.glyph_size,
+        glyph_noise=config.glyph_noise,
+        glyph_seed=config.glyph_seed,
         seed=config.seed,
     )
 

@@ -91,7 +91,7 @@ BAD_INPUT = {
     "unknown algorithm": ("algorithm=fedlru", "did you mean 'fedloru'?"),
     "rank 0": ("rank=0", "rank = 0 must be at least 1"),
     "rank above every layer": ("rank=500", "no layer is left to factorise at rank 500"),
-    "tau 0": ("accumulate-every=0", "accumulate-every = 0"),
+    "tau below 0": ("accumulate-every=-1", "accumulate-every = -1 must be at least 0"),
     "nobody trains": ("fraction-train=0", "fraction-train = 0.0 must be above 0"),
     "fraction above 1": ("fraction-evaluate=2", "fraction-evaluate = 2.0"),
     "more clients than samples": ("num-clients=1500", "num-clients = 1500"),

@@ -5,6 +5,7 @@ import pytest
 
 from fedloru_flwr.config import ConfigError, RunConfig, parse_overrides, read_config_file
 from fedloru_flwr.engines.app_dir import app_table
+from fedloru_flwr.registry import ALGORITHMS
 
 
 def test_defaults_are_valid_and_survive_a_round_trip():
@@ -28,7 +29,7 @@ def test_the_pyproject_declares_the_app_that_the_package_runs():
         ({"learning_rate": 0.1}, "unknown setting 'learning_rate'; did you mean 'learning-rate'?"),
         (
             {"algorithm": "fedlor"},
-            "algorithm = 'fedlor' is not one of fedavg, fedlora, fedloru; did you mean 'fedloru'?",
+            f"algorithm = 'fedlor' is not one of {', '.join(ALGORITHMS)}; did you mean 'fedloru'?",
         ),
         ({"rank": 0}, "rank = 0 must be at least 1"),
         ({"rank": 2.5}, "rank = 2.5 must be a whole number"),
@@ -37,7 +38,7 @@ def test_the_pyproject_declares_the_app_that_the_package_runs():
         ({"alpha": 0}, "alpha = 0.0 must be above 0"),
         ({"alpha": float("nan")}, "alpha = nan must be above 0"),
         ({"learning-rate": float("inf")}, "learning-rate = inf must be above 0"),
-        ({"accumulate-every": 0}, "accumulate-every = 0 must be at least 1"),
+        ({"accumulate-every": -1}, "accumulate-every = -1 must be at least 0"),
         ({"accumulate-at": "5,x"}, "accumulate-at = '5,x' must be whole numbers separated by commas"),
         ({"accumulate-at": "0,5"}, "accumulate-at = '0,5': every number must be at least 1"),
         ({"accumulate-at": "5,500"}, "lists round 500, but the run has num-server-rounds = 40"),

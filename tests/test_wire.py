@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import Entry
-from fedloru_flwr.wire import Answer, Enrolment, Settings, WireError
+from fedloru_flwr.wire import Answer, Enrolment, Settings, WireError, Work
 
 ROOT, LINEAGE = "0" * 64, "f" * 64
-SETTINGS = Settings(True, 2, 4.0, ("hidden", "conv"), "all", 7, "merge", "num-examples")
+OPTIONS = (("nested_scale", 0.5), ("personal_rank", 3.0))
+SETTINGS = Settings("plain", "factors", 2, 4.0, ("hidden", "conv"), "all", 7, "merge", "num-examples", OPTIONS)
+WORK = Work(rank=3, draw=5, half="b", run="0a", counted=4, keep_from=2, proximal_mu=0.25, scaffold=True)
 TENSORS = {"z.lora_A": torch.arange(6.0).reshape(2, 3), "a.lora_B": torch.ones(4, 2), "bias": torch.zeros(3).double()}
 STATISTICS = {"norm.running_var": torch.ones(3), "after.running_mean": torch.arange(2.0)}
 
@@ -66,6 +68,29 @@ def test_an_order_makes_the_round_trip_and_keeps_the_users_settings():
     assert len(content.array_records) == len(content.config_records) == 1
 
 
+def test_an_order_carries_the_clients_work_its_own_arrays_and_extras():
+    own, extras = {"z.lora_A": torch.ones(1, 3)}, {"control/b": torch.arange(3.0), "control/a": torch.zeros(2, 2)}
+    content = order(work=WORK, arrays=wire.to_record(own), extras=wire.extras_to_bytes(extras))
+    read = wire.read_order(sent(content))
+    assert (read.work, list(read.tensors), read.settings.option("personal_rank")) == (WORK, ["z.lora_A"], 3.0)
+    assert same(read.extras, dict(sorted(extras.items())))
+    plain = wire.read_order(sent(order()))
+    assert (plain.work, plain.extras, plain.settings.option("unheard of", 7.0)) == (Work(), {}, 7.0)
+
+
+def test_a_replys_extras_make_the_round_trip_and_are_weighed():
+    extras = {"control/b": torch.arange(3.0)}
+    parts = {"client": "1", "metrics": MetricRecord({"num-examples": 1}), "tensors": TENSORS}
+    without = wire.reply_content(wire.read_order(sent(order())), **parts)
+    content = wire.reply_content(wire.read_order(sent(order())), **parts, extras=extras)
+    assert same(wire.read_reply(content, trained=True).extras, extras)
+    assert wire.extras_bytes(without) == 0
+    assert wire.extras_bytes(content) > 12
+    assert wire.content_bytes(content) - wire.content_bytes(without) == pytest.approx(
+        wire.extras_bytes(content), abs=64
+    )
+
+
 def test_an_order_does_not_change_the_template_it_was_made_from():
     made_from = template()
     wire.order_content(made_from, root=ROOT, lineage=LINEAGE, settings=SETTINGS, statistics=STATISTICS)
@@ -109,7 +134,7 @@ def test_a_reply_makes_the_round_trip(trained):
     assert same(reply.tensors, TENSORS if trained else {})
     assert same(reply.statistics, dict(sorted(STATISTICS.items())) if trained else {})
 
-    clean = wire.clean_content(reply, "weights")
+    clean = wire.clean_content(reply.tensors, reply.metrics, "weights")
     assert list(clean) == (["weights"] if trained else []) + ["metrics"]
     assert dict(clean["metrics"]) == {"loss": 0.5, "num-examples": 3}
     if trained:
@@ -138,8 +163,15 @@ def test_what_is_no_answer_is_not_taken_for_one():
 
 
 def test_an_enrolment_makes_the_round_trip():
-    reply = wire.enrolment_reply(wire.enrolment_query(), Enrolment("c-7", "0.1.0"))
-    assert wire.read_enrolment(reply) == Enrolment("c-7", "0.1.0")
+    for told in (Enrolment("c-7", "0.1.0"), Enrolment("c-7", "0.1.0", rank=8)):
+        assert wire.read_enrolment(wire.enrolment_reply(wire.enrolment_query(), told)) == told
+
+
+@pytest.mark.parametrize("rank", ["8", 2.0, True, -1, 2**31, None])
+def test_an_enrolments_rank_is_a_whole_number(rank):
+    reply = wire.enrolment_reply(wire.enrolment_query(), Enrolment("1"))
+    with pytest.raises(WireError, match="largest rank must be a whole number"):
+        wire.read_enrolment(change_header(reply, rank=rank))
 
 
 def change_header(content, **changes):
@@ -150,17 +182,17 @@ def change_header(content, **changes):
 
 
 def test_another_protocol_version_is_refused_by_name_on_both_sides():
-    told = r"protocol-version is 2, this side speaks 1: install the same version of fedloru-flwr"
+    told = r"protocol-version is 1, this side speaks 2: install the same version of fedloru-flwr"
     with pytest.raises(WireError, match=told):
-        wire.read_order(sent(change_header(order(), protocol=2)))
+        wire.read_order(sent(change_header(order(), protocol=1)))
     reply = wire.reply_content(wire.read_order(sent(order())), client="1", metrics=MetricRecord({"num-examples": 1}))
     with pytest.raises(WireError, match=told):
-        wire.read_reply(change_header(reply, protocol=2), trained=False)
+        wire.read_reply(change_header(reply, protocol=1), trained=False)
     with pytest.raises(WireError, match=told):
-        wire.enrolment_reply(change_header(wire.enrolment_query(), protocol=2), Enrolment("1"))
+        wire.enrolment_reply(change_header(wire.enrolment_query(), protocol=1), Enrolment("1"))
     enrolment = wire.enrolment_reply(wire.enrolment_query(), Enrolment("1"))
     with pytest.raises(WireError, match=told):
-        wire.read_enrolment(change_header(enrolment, protocol=2))
+        wire.read_enrolment(change_header(enrolment, protocol=1))
     with pytest.raises(WireError, match="'fedloru' header does not parse"):
         wire.read_order(sent(change_header(order(), protocol=...)))
 
@@ -175,7 +207,15 @@ BAD_SETTINGS = [
     {"rank": 2.0},
     {"seed": None},
     {"alpha": "x"},
-    {"factorised": 1},
+    {"method": 1},
+    {"method": ...},
+    {"form": True},
+    {"form": "cube"},
+    {"options": "nested_scale"},
+    {"options": [3]},
+    {"options": [["nested_scale"]]},
+    {"options": [["nested_scale", "x"]]},
+    {"options": [["nested_scale", 10**400]]},
     {"target_modules": "hidden"},
     {"target_modules": [["hidden"]]},
     {"dense_leaves": ["all"]},
@@ -192,6 +232,33 @@ def test_settings_of_other_types_or_names_are_refused(change):
     content = change_header(order(), settings={key: value for key, value in raw.items() if value is not ...})
     with pytest.raises(WireError, match="header lacks or mistypes"):
         wire.read_order(sent(content))
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        {"rank": -1},
+        {"rank": 2.0},
+        {"rank": True},
+        {"rank": 2**31},
+        {"draw": -1},
+        {"counted": "3"},
+        {"keep_from": -2},
+        {"half": "c"},
+        {"run": "../.."},
+        {"run": "0" * 65},
+        {"proximal_mu": 1},
+        {"proximal_mu": math.nan},
+        {"scaffold": 1},
+        {"surplus": 1},
+        7,
+        "work",
+    ],
+    ids=str,
+)
+def test_work_of_other_types_or_names_is_refused(work):
+    with pytest.raises(WireError, match="header lacks or mistypes"):
+        wire.read_order(sent(change_header(order(), work=work)))
 
 
 @pytest.mark.parametrize("key", ["root", "lineage"])
@@ -261,11 +328,12 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(string.ascii_lowercase, max_size=6), inner),
     max_leaves=8,
 )
-KNOWN = ["protocol", "kind", "root", "lineage", "settings", "chain", "client", "silent", "bfloat16", "version"]
+KNOWN = ["protocol", "kind", "root", "lineage", "settings", "work", "chain", "client", "silent", "bfloat16", "version"]
+KNOWN += ["rank"]
 HEADERS = st.one_of(
     st.text(max_size=30),
     JSON.map(json.dumps),
-    st.dictionaries(st.sampled_from(KNOWN), JSON).map(lambda h: json.dumps({"protocol": 1, **h})),
+    st.dictionaries(st.sampled_from(KNOWN), JSON).map(lambda h: json.dumps({"protocol": wire.PROTOCOL_VERSION, **h})),
     # Nearly right: one key of a right header with another value.
     st.tuples(st.sampled_from(KNOWN), JSON).map(
         lambda change: json.dumps(
@@ -279,11 +347,23 @@ HEADERS = st.one_of(
     st.tuples(st.sampled_from(list(SETTINGS.__dict__)), JSON).map(
         lambda change: json.dumps(
             {
-                "protocol": 1,
+                "protocol": wire.PROTOCOL_VERSION,
                 "kind": "work",
                 "root": ROOT,
                 "lineage": LINEAGE,
                 "settings": {**SETTINGS.__dict__, change[0]: change[1]},
+            }
+        )
+    ),
+    st.tuples(st.sampled_from(list(WORK.__dict__)), JSON).map(
+        lambda change: json.dumps(
+            {
+                "protocol": wire.PROTOCOL_VERSION,
+                "kind": "work",
+                "root": ROOT,
+                "lineage": LINEAGE,
+                "settings": SETTINGS.__dict__,
+                "work": {**WORK.__dict__, change[0]: change[1]},
             }
         )
     ),
@@ -317,17 +397,19 @@ ARRAY_RECORDS = st.just(wire.to_record(TENSORS)) | st.dictionaries(st.text(max_s
     ArrayRecord
 )
 CONFIG_RECORDS = st.builds(
-    lambda header, entries, statistics, more: ConfigRecord(
+    lambda header, entries, statistics, extras, more: ConfigRecord(
         {
             **({wire.HEADER: header} if header is not None else {}),
             **({wire.ENTRIES: entries} if entries is not None else {}),
             **({wire.STATISTICS: statistics} if statistics is not None else {}),
+            **({wire.EXTRAS: extras} if extras is not None else {}),
             **more,
         }
     ),
     HEADERS | HEADERS | st.none() | st.integers(),
     st.none() | payloads() | st.text(max_size=3),
     st.none() | payloads() | st.just([1, 2]),
+    st.none() | payloads() | st.just("extras"),
     st.just({}) | st.just({"server-round": "nine"}),
 )
 METRIC_RECORDS = st.dictionaries(st.text(max_size=3), st.integers() | st.floats(), max_size=2).map(MetricRecord)

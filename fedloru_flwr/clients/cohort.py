@@ -16,7 +16,7 @@ from fedloru_flwr.clients.training import LocalOptimisation, batches
 from fedloru_flwr.data import Samples
 from fedloru_flwr.models.functional import FunctionalModel
 
-_MAX_BYTES_CPU, _MAX_BYTES = 1 << 26, 1 << 30  # on the CPU, groups that nearly fit its caches are as fast or faster
+_MAX_BYTES_CPU, _MAX_BYTES = 1 << 27, 1 << 30  # on the CPU, groups that nearly fit its caches are as fast or faster
 _COPIES = 6  # of a client's values: themselves, gradients, two moments, corrections
 
 
@@ -39,7 +39,7 @@ def train_cohort(
         tasks: with equal keys and shapes of values, equal phases and ``proximal_mu``, and all or none with SCAFFOLD.
         how: the optimisation; the epochs are those of the phases.
         device: where to train.
-        max_bytes: about how much memory to use: clients are trained in as many groups as it takes. By default 64 MiB
+        max_bytes: about how much memory to use: clients are trained in as many groups as it takes. By default 128 MiB
             on the CPU, else 1 GiB.
 
     Raises:

@@ -1,11 +1,11 @@
 r"""SCAFFOLD's control variates on a client (Karimireddy et al., arXiv 1910.06378), on what it trains and sends.
 
-Each step's gradient gains ``c - c_k``. After the round ``c_k <- g_k``, the mean of the round's gradients as the loss gave
-them; for plain SGD that is the paper's option II, ``c_k - c + (x - y_k) / (K eta)``, and it is defined for momentum,
-clipping and any other optimiser too. The client sends ``g_k - c_k``.
+Each step's gradient gains ``c - c_k``. After the round ``c_k <- g_k``, the mean of the round's gradients as the loss
+gave them; for plain SGD that is the paper's option II, ``c_k - c + (x - y_k) / (K eta)``, and it is defined for
+momentum, clipping and any other optimiser too. The client sends ``g_k - c_k``.
 
-A control variate of a factor belongs to that factor: where the factors have been drawn anew since, it counts as
-zero. Those of dense leaves carry on.
+A control variate of a factor belongs to that factor: where the factors have been drawn anew since, it counts as zero.
+Those of dense leaves carry on.
 """
 
 from collections.abc import Mapping, Sequence

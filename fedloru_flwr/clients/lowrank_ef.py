@@ -1,7 +1,7 @@
 r"""Low-rank compression with error feedback on the client: full training, a compressed update, a residual.
 
-With ``W`` received and ``W_k`` trained, ``D_k = W_k - W + e_k`` is sent as its best pair of rank ``r``, ``B_k A_k``, and
-``e_k <- D_k - B_k A_k`` is added next time (error feedback: Karimireddy et al., arXiv 1901.09847; low-rank
+With ``W`` received and ``W_k`` trained, ``D_k = W_k - W + e_k`` is sent as its best pair of rank ``r``, ``B_k A_k``,
+and ``e_k <- D_k - B_k A_k`` is added next time (error feedback: Karimireddy et al., arXiv 1901.09847; low-rank
 compression: PowerSGD, arXiv 1905.13727, here with an exact singular value decomposition).
 """
 
@@ -19,6 +19,7 @@ class LowRankEF(ClientMethod):
     keeps_state = True
 
     def finish(self, site: Site, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """See `ClientMethod.finish`."""
         compressed = {layer.weight_key for layer in site.plan.layers}
         pairs: dict[str, Tensor] = {}
         kept: dict[str, Tensor] = {}

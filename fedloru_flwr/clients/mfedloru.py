@@ -23,6 +23,7 @@ class MFedLoRU(ClientMethod):
         return site.work.rank if site.plan.layers and 0 < site.work.rank < site.plan.layers[0].rank else 0
 
     def layout(self, site: Site) -> Layout:
+        """The layout of the client's model."""
         scale = site.settings.option("nested_scale", 1.0)
         return replace(site.plan.layout(), nested_rank=self._nested(site), nested_scale=scale)
 
@@ -46,9 +47,11 @@ class MFedLoRU(ClientMethod):
         return values
 
     def trained(self, site: Site) -> tuple[str, ...]:
+        """See `ClientMethod.trained`."""
         if not self._nested(site):
             return super().trained(site)
         return (*(key for layer in site.plan.layers for key in nested_keys(layer)), *site.plan.dense_leaves)
 
     def finish(self, site: Site, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """See `ClientMethod.finish`."""
         return {key: values[key] for key in self.trained(site)}, {}

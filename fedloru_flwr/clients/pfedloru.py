@@ -1,7 +1,7 @@
 """pFedLoRU on the client: a global pair that is shared, and a personal pair that never leaves (arXiv 2409.12371).
 
-The effective weight is ``W + s B A + s_p B_p A_p``. In a round the global pair (and the dense leaves) are trained first,
-with the personal pair frozen, then the personal pair with the others frozen.
+The effective weight is ``W + s B A + s_p B_p A_p``. In a round the global pair (and the dense leaves) are trained
+first, with the personal pair frozen, then the personal pair with the others frozen.
 """
 
 from collections.abc import Mapping
@@ -21,10 +21,12 @@ class PFedLoRU(ClientMethod):
     keeps_state = True
 
     def layout(self, site: Site) -> Layout:
+        """The layout of the client's model."""
         rank = int(site.settings.option("personal_rank"))
         return replace(super().layout(site), personal_rank=rank, personal_scale=site.settings.option("personal_scale"))
 
     def start(self, site: Site) -> dict[str, Tensor]:
+        """See `ClientMethod.start`."""
         return {**super().start(site), **self._own(site)}
 
     def _own(self, site: Site) -> dict[str, Tensor]:
@@ -51,8 +53,10 @@ class PFedLoRU(ClientMethod):
         return (Phase(self.trained(site), shared), Phase(own, personal))
 
     def finish(self, site: Site, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """See `ClientMethod.finish`."""
         sent, _ = super().finish(site, values)
         return sent, {key: values[key] for layer in site.plan.layers for key in personal_keys(layer)}
 
     def personal(self, site: Site) -> tuple[Layout, dict[str, Tensor]]:
+        """See `ClientMethod.personal`."""
         return self.layout(site), self.start(site)

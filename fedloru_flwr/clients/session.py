@@ -39,7 +39,7 @@ from fedloru_flwr.lowrank import (
 from fedloru_flwr.lowrank.random import GeneratorStates
 from fedloru_flwr.models.adapters import AdaptedModel
 from fedloru_flwr.models.plan import build_seeded, plan_model
-from fedloru_flwr.store import Store, default_path
+from fedloru_flwr.store import Store, default_store
 
 ModelSource = Callable[[], nn.Module] | nn.Module
 _log = logging.getLogger("flwr")
@@ -100,7 +100,7 @@ class _HostedModel:
 
     def trained_frozen(self) -> tuple[str, ...]:
         """The frozen parameters that a user's loop has trained; the base is then built or loaded anew next time."""
-        touched = self.adapted.frozen_with_gradient() or self.adapted.base_written(self._marks)
+        touched: tuple[str, ...] = self.adapted.frozen_with_gradient() or self.adapted.base_written(self._marks)
         if touched:
             self.forget_base()
         return touched
@@ -213,6 +213,7 @@ class Contact:
         context: what the app was called with.
         store: where bases, entries and the client's own state are kept.
         make: how the model is held, `AdaptedModel` or something that has its base like it.
+        order: the message, where it has been parsed already.
 
     Attributes:
         client: its identity.
@@ -235,13 +236,14 @@ class Contact:
         context: Context,
         store: Store | None = None,
         make: type[Any] = AdaptedModel,
+        order: wire.Order | None = None,
     ) -> None:
         self.message = message
-        self.order = order = wire.read_order(message)
+        self.order = order = order or wire.read_order(message)
         self.client = client_identity(context)
         if store is None:
             path = context.node_config.get("store-path")
-            store = Store(Path(str(path)) if path else default_path())
+            store = Store(Path(str(path))) if path else default_store()
         self._store = store
         if order.kind != "work":
             self._accept_supply()

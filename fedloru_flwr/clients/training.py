@@ -1,6 +1,6 @@
 """Local training and evaluation of a classifier: plain torch, on tensors that lie in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,15 +109,22 @@ def _hold_batch_norm(model: nn.Module) -> None:
             module.eval()
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, samples: Samples, device: torch.device, batch_size: int = 1024) -> dict[str, float]:
     """Return ``accuracy`` (share of right answers) and ``loss`` (mean cross-entropy) of a classifier."""
     model.to(device).eval()
+    return scores(model, samples, device, batch_size)
+
+
+@torch.no_grad()
+def scores(
+    outputs: Callable[[Tensor], Tensor], samples: Samples, device: torch.device, batch_size: int = 1024
+) -> dict[str, float]:
+    """Return ``accuracy`` and ``loss`` of a function from inputs to logits."""
     loss, right = 0.0, 0
     for start in range(0, len(samples), batch_size):
         inputs = samples.inputs[start : start + batch_size].to(device)
         labels = samples.labels[start : start + batch_size].to(device)
-        logits = model(inputs)
+        logits = outputs(inputs)
         loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
         right += int((logits.argmax(dim=1) == labels).sum())
     return {"accuracy": right / len(samples), "loss": loss / len(samples)}

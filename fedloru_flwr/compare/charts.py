@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedloru_flwr.compare import measures
 from fedloru_flwr.compare.judged import Comparison, Judged, same_but
 from fedloru_flwr.compare.measures import Metric, Stat
+from fedloru_flwr.compare.records import Record
 from fedloru_flwr.compare.spec import describe
 from fedloru_flwr.compare.table import METRIC_NAMES
 
@@ -135,8 +136,7 @@ def gap_charts(comparison: Comparison) -> list[Chart]:
         axes.set_xscale("log")
         _plain_ticks(axes, sorted({float(comparison.combinations[number][axis]) for number in numbers}))
         told = "; ".join(
-            f"{comparison.results.labels[method]} "
-            + ", ".join(f"{gap.mean:+.3f} at {x:g}" for x, gap in line)
+            f"{comparison.results.labels[method]} " + ", ".join(f"{gap.mean:+.3f} at {x:g}" for x, gap in line)
             for method, line in points.items()
         )
         charts.append(Chart(title, f"Line chart. {title}. {told}.", _svg(figure)))
@@ -191,7 +191,9 @@ def spread_charts(comparison: Comparison) -> list[Chart]:
             fill = "white" if own else look.colour
             axes.plot([mean.mean], [place], "o", color=look.colour, markerfacecolor=fill, markersize=6)
             axes.plot([worst.mean], [place], "|", color=look.colour, markersize=10, markeredgewidth=1.8)
-        names = [one.label + (", own models" if kind == "personal-accuracy" else "") for one, kind, _ in reversed(lines)]
+        names = [
+            one.label + (", own models" if kind == "personal-accuracy" else "") for one, kind, _ in reversed(lines)
+        ]
         axes.set_yticks(range(len(lines)), [_shortened(name) for name in names])
         axes.set_ylim(-0.7, len(lines) - 0.3)
         axes.minorticks_off()
@@ -233,7 +235,7 @@ def partition_charts(comparison: Comparison) -> list[Chart]:
     return charts
 
 
-def _by_seed(one: Judged) -> dict[int, measures.Record]:
+def _by_seed(one: Judged) -> dict[int, Record]:
     return {seed: record for seed, record in one.row.runs.items() if record.finished}
 
 
@@ -242,7 +244,9 @@ def _figure(xlabel: str, ylabel: str, height: float = _SIZE[1]) -> "tuple[Figure
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(_SIZE[0], height), facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04))
+    figure = Figure(
+        figsize=(_SIZE[0], height), facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
+    )
     axes = figure.subplots()
     axes.set_axisbelow(True)
     axes.minorticks_on()
@@ -320,5 +324,3 @@ def _svg(figure: "Figure") -> bytes:
     with rc_context({"svg.hashsalt": "fedloru", "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
-
-

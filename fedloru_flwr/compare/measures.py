@@ -145,14 +145,15 @@ def score(groups: Sequence[Sequence[Record]], by: By, target: float | None) -> t
 
 
 def automatic_budgets(totals: Sequence[float]) -> list[float]:
-    """Three budgets in MB from the methods' total uplinks: a quarter of the smallest, the smallest, the median.
+    """The three smallest in MB of: a quarter of the smallest total uplink, that total, the median, the largest.
 
     Rounded up to two digits, so that the method a total belongs to is within it.
     """
     if not totals:
         return []
-    smallest, median = min(totals) / 1e6, statistics.median(totals) / 1e6
-    return sorted({_rounded_up(value) for value in (smallest / 4, smallest, median) if value > 0})
+    least = min(totals)
+    wanted = (least / 4, least, statistics.median(totals), max(totals))
+    return sorted({_rounded_up(value / 1e6) for value in wanted if value > 0})[:3]
 
 
 def _rounded_up(value: float) -> float:

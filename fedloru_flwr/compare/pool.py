@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import psutil  # type: ignore[import-untyped]
 
@@ -21,7 +21,7 @@ COMMAND = (sys.executable, "-m", "fedloru_flwr.compare.worker")
 MAX_ATTEMPTS = 3  # for a task whose worker dies
 
 Answer = dict[str, Any]
-Events = "queue.SimpleQueue[tuple[_Worker, Answer | None] | None]"
+Events: TypeAlias = "queue.SimpleQueue[tuple[_Worker, Answer | None] | None]"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -162,7 +162,9 @@ class Pool:
             self._begin(key, task)
         else:
             how = f"by signal {-status}" if status < 0 else f"with status {status}"
-            done(key, {"ok": False, "refused": False, "reason": f"its worker process ended {how}, {MAX_ATTEMPTS} times"})
+            done(
+                key, {"ok": False, "refused": False, "reason": f"its worker process ended {how}, {MAX_ATTEMPTS} times"}
+            )
 
     def _stop(self) -> None:
         """End the workers and all that they have started; those that are busy save their state first."""

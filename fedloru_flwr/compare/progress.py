@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from fedloru_flwr.compare.plan import Wanted
 from fedloru_flwr.runs.units import format_duration
@@ -72,7 +72,7 @@ class CompareProgress:
             disable=not console.is_terminal or console.is_dumb_terminal,
         )
         self._all = self._bar.add_task("runs", total=None, note="")
-        self._running: dict[str, int] = {}
+        self._running: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         self._bar.start()

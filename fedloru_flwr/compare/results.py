@@ -73,16 +73,6 @@ class Results:
     partitions: list[dict[str, Any]] = field(default_factory=list)
     complete: bool = True
 
-    @property
-    def failures(self) -> list[tuple[Row, int, str]]:
-        """Runs that failed, and why."""
-        return [(row, seed, run.reason) for row in self.rows for seed, run in row.runs.items() if not run.finished]
-
-    @property
-    def unmeasured(self) -> list[Row]:
-        """Rows whose grid could not be decided."""
-        return [row for row in self.rows if self.complete and not row.runs]
-
     def combinations(self) -> list[Values]:
         """The axes' values that rows have, in order of appearance."""
         found: list[Values] = []

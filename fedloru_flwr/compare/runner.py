@@ -1,5 +1,6 @@
 """Carry out the runs of a comparison: what is there is kept, what was interrupted goes on, what is missing is run."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -7,7 +8,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,15 +19,11 @@ from fedloru_flwr.compare.pool import Interrupted, Pool, worker_environment
 from fedloru_flwr.compare.progress import CompareProgress, TimeLeft
 from fedloru_flwr.compare.records import Record, fingerprint
 from fedloru_flwr.compare.spec import Spec
-from fedloru_flwr.config import ConfigError
+from fedloru_flwr.config import ConfigError, name_to_key
 from fedloru_flwr.launch import Engine
 from fedloru_flwr.runs.units import format_duration
 
 MOST_CLIENTS = 1000  # that a map of partitions shows
-_DATA_SETTINGS = (
-    "dataset data-path partitioner num-clients dirichlet-alpha shards-per-client min-partition-size label-column "
-    "input-columns classes num-classes test-fraction held-out-fraction"
-).split()
 
 
 class Runner:
@@ -69,8 +65,11 @@ class Runner:
         self.results: dict[str, Record] = {}
         self.plan = Plan()
 
-    def run(self) -> list[dict[str, Any]]:
-        """Carry out all runs, and return the partitions, which runs have which.
+    def run(self, known_partitions: Mapping[str, list[list[int]]]) -> list[dict[str, Any]]:
+        """Carry out all runs, and return the partitions: counts, and which rows they are of.
+
+        Args:
+            known_partitions: counts that are known already, by the fingerprint of their settings.
 
         Raises:
             ConfigError: some settings could not run; nothing was started.
@@ -91,7 +90,7 @@ class Runner:
         ):
             self._check(pool)
             self._run_all(pool)
-            return self._partitions(pool)
+            return self._partitions(pool, known_partitions)
 
     def _find_finished(self) -> None:
         """Take what is there, until that makes no more runs known."""
@@ -196,18 +195,21 @@ class Runner:
         ending = f"  ({format_duration(left)} left)" if left and done < total else ""
         self._progress.say(f"{done:>{len(str(total))}}/{total}  {run.name}: {told}{ending}")
 
-    def _partitions(self, pool: Pool) -> list[dict[str, Any]]:
+    def _partitions(self, pool: Pool, known: Mapping[str, list[list[int]]]) -> list[dict[str, Any]]:
         """Count classes by client, once for each way in which the first seed's runs deal out the data."""
+        from fedloru_flwr.data import DataConfig
+
         seed = self._spec.seeds[0]
+        decisive = {name_to_key(field.name) for field in dataclasses.fields(DataConfig)}
         found: dict[str, dict[str, Any]] = {}
         settings: dict[str, Mapping[str, Any]] = {}
         for (method, number), runs in self.plan.finals.items():
-            data = {key: runs[seed].settings[key] for key in (*_DATA_SETTINGS, "seed")}
+            data = {key: value for key, value in runs[seed].settings.items() if key in decisive}
             key = fingerprint(data)
             settings[key] = runs[seed].settings
-            entry = found.setdefault(key, {"settings": data, "rows": [], "counts": None})
+            entry = found.setdefault(key, {"settings": data, "rows": [], "counts": known.get(key)})
             entry["rows"].append([method, number])
-        waiting = iter(settings.items())
+        waiting = iter([(key, settings[key]) for key, entry in found.items() if entry["counts"] is None])
 
         def next_task() -> tuple[str, Mapping[str, Any]] | None:
             item = next(waiting, None)

@@ -194,7 +194,9 @@ class _Reader:
         where = f"methods.{name}"
         content = self._table(table, where)
         if not _NAME.fullmatch(name):
-            raise self._fault(where, f"the name {name!r} may have letters, digits, '_', '+', '-', '.' and single blanks")
+            raise self._fault(
+                where, f"the name {name!r} may have letters, digits, '_', '+', '-', '.' and single blanks"
+            )
         label = content.get("label", name)
         if not isinstance(label, str) or not label.strip():
             raise self._fault(where, f"label = {label!r} must be a text")
@@ -243,9 +245,7 @@ class _Reader:
                         told = "dataset = 'clients' is for a deployment; a comparison simulates the clients"
                         raise self._of_run(told, spec, method, at, tuning)
 
-    def _of_run(
-        self, message: str, spec: Spec, method: Method, at: Mapping[str, Scalar], tuning: bool
-    ) -> ConfigError:
+    def _of_run(self, message: str, spec: Spec, method: Method, at: Mapping[str, Scalar], tuning: bool) -> ConfigError:
         key = message.split(" = ")[0]
         tables: dict[str, Mapping[str, object]] = {
             "tuning.settings": spec.tuning.settings if tuning else {},

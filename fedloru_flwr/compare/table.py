@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fedloru_flwr.compare import measures
+from fedloru_flwr.compare import captions, measures
 from fedloru_flwr.compare.judged import Comparison, Judged, winners
 from fedloru_flwr.compare.measures import Metric, Stat
 from fedloru_flwr.compare.spec import describe
@@ -32,12 +32,14 @@ class Table:
         caption: what it shows, in full.
         columns: heads; the first is of the rows' names.
         sections: rows under a head of their own; the head is empty where there is one section.
+        prose: the cells are texts, not numbers.
     """
 
     title: str
     caption: str
     columns: list[str]
     sections: list[tuple[str, list[list[Cell]]]] = field(default_factory=list)
+    prose: bool = False
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -59,7 +61,7 @@ def winners_table(comparison: Comparison) -> Table:
     names = [f"{value:g} MB up" for value in given] if given is not None else ["low", "middle", "high uplink"]
     columns = ["", f"final {METRIC_NAMES[metric]}", *(f"at {name}" for name in names)]
     columns += [f"fewest MB to {target:g}" for target in comparison.results.targets]
-    table = Table("Who is ahead", "", columns)
+    table = Table("Who is ahead", "", columns, prose=True)
     rows = []
     for number, at in enumerate(comparison.combinations):
         group = comparison.groups[number]
@@ -68,7 +70,7 @@ def winners_table(comparison: Comparison) -> Table:
         for budget in budgets:
             found = [one.at_budget(budget, metric) for one in group]
             cell = _winner(group, [None if at is None else at.value.mean for at in found])
-            cells.append(cell if given is not None else Cell(f"{cell.text} at {_mb(budget * 1e6)} MB"))
+            cells.append(cell if given is not None else Cell(f"{cell.text} at {budget:g} MB"))
         cells += [Cell(NONE)] * (len(names) - len(budgets))
         for target in comparison.results.targets:
             reached = [one.reached(target, metric) for one in group]
@@ -94,10 +96,7 @@ def _main(comparison: Comparison) -> Table:
     columns += ["MB up", "MB down", "MB up a client", "MB down a client", "runs"]
     table = Table(
         "Accuracy and bytes",
-        "Final accuracy is that of the last round, best accuracy the highest of any round: mean \u00b1 sample standard "
-        "deviation over the seeds. Bytes are those of the whole run, up (sent by clients) and down (sent to them), in all "
-        "and for each of the clients (1 MB = 1,000,000 bytes), mean over the seeds."
-        + (" Personal accuracy is that of each client's own model on its own held-out samples, mean over clients." * personal),
+        f"{captions.MAIN} {captions.PERSONAL}" if personal else captions.MAIN,
         columns,
     )
     for number, group in enumerate(comparison.groups):
@@ -124,19 +123,12 @@ def _budgets(comparison: Comparison, metric: Metric) -> list[Table]:
     """One table where the budgets are given, else one for each combination, which has budgets of its own."""
     name = METRIC_NAMES[metric]
     given = comparison.results.budgets_mb is not None
-    caption = (
-        f"{name.capitalize()} (mean \u00b1 sample standard deviation over the seeds) of the last evaluation by which all "
-        "clients together had sent at most so many MB, so every method is stopped at equal bytes. The best of a column is "
-        "marked. \u2020: the whole run sent less than the budget. \u2021: untrained, a single round sends more."
-    )
-    if not given:
-        caption += (
-            " The budgets are a quarter of the smallest total uplink of a method, that total, and the median of the totals."
-        )
+    caption = captions.BUDGETS if given else f"{captions.BUDGETS} {captions.AUTOMATIC_BUDGETS}"
     found: list[Table] = []
     for number, group in enumerate(comparison.groups):
+        group = [one for one in group if one.curve(metric).values]
         budgets = comparison.budgets(number)
-        if not budgets:
+        if not budgets or not group:
             continue
         at = [[one.at_budget(budget, metric) for one in group] for budget in budgets]
         top = [winners([None if cell is None else cell.value.mean for cell in column]) for column in at]
@@ -153,7 +145,7 @@ def _budgets(comparison: Comparison, metric: Metric) -> list[Table]:
         if not given or not found:
             title = f"{name.capitalize()} at equal uplink"
             title += f", {head}" if head and not given else ""
-            columns = ["method", *(f"{_mb(budget * 1e6)} MB up" for budget in budgets)]
+            columns = ["method", *(f"{budget:g} MB up" for budget in budgets)]
             found.append(Table(title, "" if found else caption, columns))
         found[-1].sections.append((head if given else "", rows))
     return found
@@ -164,11 +156,11 @@ def _targets(comparison: Comparison, metric: Metric) -> Table:
     heads = [head for target in targets for head in (f"rounds to {target:g}", f"MB up to {target:g}")]
     table = Table(
         f"Rounds and bytes to a target {name}",
-        f"Charged until the mean {name} of the seeds first reaches the target; MB are sent by all clients together. The "
-        "fewest of a column are marked.",
+        captions.TARGETS,
         ["method", *heads],
     )
     for number, group in enumerate(comparison.groups):
+        group = [one for one in group if one.curve(metric).values]
         reached = [[one.reached(target, metric) for one in group] for target in targets]
         fewest = [
             [winners([None if at is None else at[part] for at in column], low=True) for part in (0, 1)]
@@ -180,7 +172,7 @@ def _targets(comparison: Comparison, metric: Metric) -> Table:
             for column, (rounds, spent) in zip(reached, fewest, strict=True):
                 at = column[index]
                 if at is None:
-                    cells += [Cell("not reached" if one.curve(metric).values else NONE), Cell(NONE)]
+                    cells += [Cell("not reached"), Cell(NONE)]
                 else:
                     cells += [Cell(str(at[0]), index in rounds), Cell(_mb(at[1]), index in spent)]
             rows.append(cells)
@@ -196,9 +188,7 @@ def _spread(comparison: Comparison) -> Table:
     ]
     table = Table(
         "Spread over clients",
-        "Accuracy of the clients on their own held-out samples at the last evaluation, with the global model and, where a "
-        "method has them, with their own models: mean and standard deviation over the clients, and the mean of the tenth "
-        "of the clients with the lowest accuracy; each is the mean over the seeds.",
+        captions.SPREAD,
         ["method", *heads],
     )
     for number, group in enumerate(comparison.groups):
@@ -217,8 +207,7 @@ def _spread(comparison: Comparison) -> Table:
 def _errors(comparison: Comparison) -> Table:
     table = Table(
         "Aggregation error",
-        "How far what the server went on with was from the exact mean of the clients' updates, relative to that mean "
-        "(Frobenius norms, mean over layers and seeds). 0: exact up to rounding in float32.",
+        captions.ERRORS,
         ["method", "mean over rounds", "last round", "largest"],
     )
     for number, group in enumerate(comparison.groups):
@@ -242,9 +231,7 @@ def choices_table(comparison: Comparison) -> Table | None:
     one = results.choices[0]
     table = Table(
         "Tuning",
-        f"Every candidate of each grid, its score ({one['by'].replace('_', ' ')}, mean over the seeds "
-        f"{', '.join(map(str, one['seeds']))}) and the one chosen. \u201cwidened\u201d: added because the best value was at the "
-        "edge of the grid.",
+        captions.TUNING.format(by=one["by"].replace("_", " "), seeds=", ".join(map(str, one["seeds"]))),
         ["candidate", "score", ""],
     )
     for choice in results.choices:
@@ -266,21 +253,22 @@ def markdown(comparison: Comparison) -> str:
     told = failures(comparison)
     if told:
         parts.append("## Failed\n\n" + "\n".join(f"- {_escaped(line)}" for line in told) + "\n")
-    found = [*tables(comparison), choices_table(comparison)]
+    found = [winners_table(comparison), *tables(comparison), choices_table(comparison)]
     parts += [_markdown_table(table) for table in found if table is not None]
     return "\n".join(parts)
 
 
 def failures(comparison: Comparison) -> list[str]:
-    """A line for each run that failed and each grid that could not be decided."""
+    """A line for each row with runs that failed, and for each whose grid could not be decided."""
     results = comparison.results
-    lines = [
-        f"{results.labels[row.method]}, {describe({**row.at, 'seed': seed})}: {reason}"
-        for row, seed, reason in results.failures
-    ]
-    for row in results.unmeasured:
+    lines = []
+    for row in results.rows:
         where = ", ".join(filter(None, (results.labels[row.method], describe(row.at))))
-        lines.append(f"{where}: no candidate of the grid could be measured")
+        failed = {seed: run.reason for seed, run in row.runs.items() if not run.finished}
+        if failed:
+            lines.append(f"{where}, seed {', '.join(map(str, failed))}: {next(iter(failed.values()))}")
+        elif not row.runs and not row.missing:
+            lines.append(f"{where}: no candidate of the grid could be measured")
     return lines
 
 
@@ -355,7 +343,7 @@ def _markdown_table(table: Table) -> str:
     columns = [*([""] if headed else []), *table.columns]
     lines = [f"## {table.title}\n", *([f"{table.caption}\n"] if table.caption else [])]
     lines.append("| " + " | ".join(columns) + " |")
-    texts = 2 if headed else 1
+    texts = len(columns) if table.prose else 1 + headed
     lines.append("|" + "---|" * texts + "---:|" * (len(columns) - texts))
     for head, rows in table.sections:
         for cells in rows:

@@ -86,7 +86,7 @@ def _reason(error: Exception) -> str:
     lines = str(error).splitlines() or [""]
     # A run's own failure says what happened; where its files are is known here.
     told = lines[0] if isinstance(error, RunFailedError | ValueError) else f"{type(error).__name__}: {lines[0]}"
-    return told if len(told) <= 300 else f"{told[:299]}\u2026"
+    return told if len(told) <= 200 else f"{told[:199]}\u2026"
 
 
 def check(task: Mapping[str, Any]) -> Answer:

@@ -21,6 +21,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
+Together = Callable[[list[tuple[Message, Context]]], list[Message | Exception | None]]
 UserConfig = Mapping[str, bool | int | float | str]
 _SERVER_NODE = 1
 _RUN = 1
@@ -37,6 +38,8 @@ class InProcessGrid(Grid):
         num_supernodes: number of nodes; node ``i`` has ``partition-id`` ``i``.
         run_config: for every context.
         node_configs: one a node, instead of ``partition-id`` and ``num-partitions``.
+        together: handles the messages that are sent together, as one: the reply to each, the exception it ended in, or
+            None for what the client app has to handle.
     """
 
     complete = True  # no more nodes will come: a strategy need not wait for them
@@ -47,8 +50,10 @@ class InProcessGrid(Grid):
         num_supernodes: int,
         run_config: UserConfig,
         node_configs: list[UserConfig] | None = None,
+        together: Together | None = None,
     ) -> None:
         self._app = client_app
+        self._handle_together = together
         self.on_reply: Callable[[], None] = lambda: None
         configs = node_configs or [
             {"partition-id": index, "num-partitions": num_supernodes} for index in range(num_supernodes)
@@ -90,13 +95,24 @@ class InProcessGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Handle the messages at once and keep the replies."""
         ids = []
-        for message in messages:
+        messages = list(messages)
+        for message, early in zip(messages, self._together(messages), strict=True):
             message_id = str(uuid4())
             message.metadata.__dict__["_message_id"] = message_id
-            self._replies[message_id] = self._handle(message)
+            if early is None:
+                early = self._handle(message)
+            self._replies[message_id] = _error_reply(early, message) if isinstance(early, Exception) else early
             ids.append(message_id)
             self.on_reply()
         return ids
+
+    def _together(self, messages: list[Message]) -> list[Message | Exception | None]:
+        """What comes of handling these messages as one; None for each that is to be handled by itself."""
+        contexts = [self._contexts.get(message.metadata.dst_node_id) for message in messages]
+        known = [context for context in contexts if context is not None]
+        if self._handle_together is None or len(messages) < 2 or len(known) < len(contexts):
+            return [None] * len(messages)
+        return self._handle_together(list(zip(messages, known, strict=True)))
 
     def _handle(self, message: Message) -> Message:
         context = self._contexts.get(message.metadata.dst_node_id)
@@ -109,8 +125,7 @@ class InProcessGrid(Grid):
         try:
             return self._app(own, context)
         except Exception as error:  # whatever the app raises becomes an error reply, as in Flower
-            reason = f"{type(error)}:<'{error}'>"  # as on a deployed client
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+            return _error_reply(error, message)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Take the replies to these messages."""
@@ -121,6 +136,11 @@ class InProcessGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
 
+def _error_reply(error: Exception, message: Message) -> Message:
+    reason = f"{type(error)}:<'{error}'>"  # as on a deployed client
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
 def run_in_process(
     server_app: ServerApp,
     client_app: ClientApp,
@@ -129,6 +149,7 @@ def run_in_process(
     run_config: UserConfig | None = None,
     node_configs: list[UserConfig] | None = None,
     store_dir: Path | None = None,
+    together: Together | None = None,
 ) -> None:
     """Run a ServerApp and a ClientApp in this process.
 
@@ -139,8 +160,9 @@ def run_in_process(
         run_config: for the server's and the clients' contexts.
         node_configs: see `InProcessGrid`.
         store_dir: where clients keep bases and entries; a temporary directory by default.
+        together: see `InProcessGrid`.
     """
-    grid = InProcessGrid(client_app, num_supernodes, run_config or {}, node_configs)
+    grid = InProcessGrid(client_app, num_supernodes, run_config or {}, node_configs, together)
     context = Context(
         run_id=_RUN, node_id=_SERVER_NODE, node_config={}, state=RecordDict(), run_config=dict(run_config or {})
     )

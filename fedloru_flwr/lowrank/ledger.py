@@ -1,7 +1,7 @@
 """The ledger: what has been accumulated, in order, each entry named by a digest of the whole past.
 
-The root digest names ``W0``; an entry's digest is ``sha256(previous digest, scale, draw, factors)``. So the last digest names
-the model's whole lineage, and two parties that hold the same digest hold the same model.
+The root digest names ``W0``; an entry's digest is ``sha256(previous digest, scale, draw, factors)``. So the last digest
+names the model's whole lineage, and two parties that hold the same digest hold the same model.
 """
 
 import hashlib

@@ -68,9 +68,9 @@ class AdaptedModel:
         names = exact_pattern([layer.name for layer in self.plan.adapted])
         rank, alpha = self.layout.rank, self.layout.scale * self.layout.rank
         if self.layout.family == "loha":
-            self._config: Any = LoHaConfig(r=rank, alpha=alpha, target_modules=names)  # type: ignore[arg-type]  # a number
+            self._config: Any = LoHaConfig(r=rank, alpha=alpha, target_modules=names)
         else:
-            self._config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=names)  # type: ignore[arg-type]  # a number
+            self._config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=names)
         with warnings.catch_warnings():
             # PEFT warns of fan_in_fan_out for GPT-2's layer type and sets it right by itself.
             warnings.simplefilter("ignore")
@@ -144,8 +144,8 @@ class AdaptedModel:
         for layer in self.plan.adapted:
             peft_layer = self._layers[layer.name]
             if self.layout.family == "loha":
-                parts = (getattr(peft_layer, f"hada_{part}")[_TRAINED] for part in HADAMARD_PARTS)
-                found |= dict(zip(layer.hadamard_keys, parts, strict=True))
+                hadamard = (getattr(peft_layer, f"hada_{part}")[_TRAINED] for part in HADAMARD_PARTS)
+                found |= dict(zip(layer.hadamard_keys, hadamard, strict=True))
                 continue
             if self.layout.nested_rank:
                 a, b = (owner.parametrizations["weight"] for owner in _owners(layer, peft_layer))

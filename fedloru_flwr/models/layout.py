@@ -2,15 +2,13 @@ r"""What one client's model holds beside its frozen base: which adapter tensors,
 
 The effective weight of a factorised layer is ``W + s B' A'`` plus, where there is one, ``s_p B_p A_p``:
 
-==============================  ===========================================================================
-family ``lora``                 ``A (r, in, *kernel)`` at ``<layer>.lora_A``, ``B (out, r, 1, ...)`` at ``<layer>.lora_B``;
-                                ``A' = A`` and ``B' = B``
-nested (mFedLoRU)               also ``A_d (r, r_A)``, ``A_u (r_A, in, *kernel)``, ``B_d (out, r_B, 1, ...)``, ``B_u (r_B, r)``;
-                                ``A' = A + s_A A_d A_u`` and ``B' = B + s_B B_d B_u``
-personal (pFedLoRU)             also ``A_p``, ``B_p``, of the shapes of a pair of the personal rank
-family ``loha``                 ``w1_a, w2_a (out, r)`` and ``w1_b, w2_b (r, in * prod(kernel))``;
-                                ``B' A'`` stands for ``(w1_a w1_b) * (w2_a w2_b)``, elementwise
-==============================  ===========================================================================
+- Family ``lora``: ``A (r, in, *kernel)`` at ``<layer>.lora_A`` and ``B (out, r, 1, ...)`` at ``<layer>.lora_B``;
+  ``A' = A``, ``B' = B``.
+- Nested (mFedLoRU): also ``A_d (r, r_A)``, ``A_u (r_A, in, *kernel)``, ``B_d (out, r_B, 1, ...)``, ``B_u (r_B, r)``;
+  ``A' = A + s_A A_d A_u``, ``B' = B + s_B B_d B_u``.
+- Personal (pFedLoRU): also ``A_p``, ``B_p``, of the shapes of a pair of the personal rank.
+- Family ``loha``: ``w1_a, w2_a (out, r)`` and ``w1_b, w2_b (r, in * prod(kernel))``; ``B' A'`` stands for
+  ``(w1_a w1_b) * (w2_a w2_b)``, elementwise.
 """
 
 from collections.abc import Iterator

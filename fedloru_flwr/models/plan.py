@@ -133,9 +133,7 @@ class AdapterPlan:
             if layer.b_key not in adapter:
                 continue  # not a factor pair
             b = adapter[layer.b_key]
-            a = frozen_a(
-                [layer], seed, draw, orthonormal=self.form == "one-sided-orthonormal", rank=b.shape[1]
-            )
+            a = frozen_a([layer], seed, draw, orthonormal=self.form == "one-sided-orthonormal", rank=b.shape[1])
             drawn |= {key: value.to(b.dtype) for key, value in a.items()}
         return {**drawn, **adapter}
 

@@ -2,12 +2,13 @@
 
 ``A = sum_k p_k A_k``, ``B = sum_k p_k B_k`` and ``W <- W + s (sum_k p_k B_k A_k - B A)`` after every round: exact.
 
-A client sends ``r (in + out)`` numbers a factorised layer and the dense leaves. It receives as much, and the residual of
-every round it has missed: ``(n + 1) r (in + out)`` numbers with ``n`` participants, or the layer's product where that is
-smaller, or ``W`` where that is smaller still.
+A client sends ``r (in + out)`` numbers a factorised layer and the dense leaves. It receives as much, and the residual
+of every round it has missed: ``(n + 1) r (in + out)`` numbers with ``n`` participants, or the layer's product where
+that is smaller, or ``W`` where that is smaller still.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,10 +23,10 @@ class FedExLoRA(LowRankStrategy):
 
     algorithm = "fedex-lora"
     fixed_form = "residuals are of pairs"
-    refused = {
+    refused: ClassVar[Mapping[str, str]] = {
         "ranks": "averaging needs factors of one shape",
-        "inner": "the residual makes the mean of the products exact, which would undo what a server optimiser, a robust "
-        "or a noisy aggregation does to the factors",
+        "inner": "the residual makes the mean of the products exact, which would undo what a server optimiser or a "
+        "robust or noisy aggregation does to the factors",
     }
 
     def _settle(self, mean: Mapping[str, Tensor], replies: Sequence[Received]) -> Outcome:

@@ -1,9 +1,9 @@
 """FedHM: the server factorises the whole model, the clients train the factors (Yao et al., arXiv 2111.14655).
 
-The server holds full matrices ``W``. A client of rank ``r_k`` gets each factorised layer's best pair of that rank by truncated
-singular value decomposition, ``W ~ B A`` (there is no frozen ``W`` beneath), trains it and sends it back; the server
-multiplies back and averages, ``W <- sum_k p_k B_k A_k``. A round moves ``r_k (in + out)`` numbers a factorised layer and the
-dense leaves, down and up.
+The server holds full matrices ``W``. A client of rank ``r_k`` gets each factorised layer's best pair of that rank by
+truncated singular value decomposition, ``W ~ B A`` (there is no frozen ``W`` beneath), trains it and sends it back; the
+server multiplies back and averages, ``W <- sum_k p_k B_k A_k``. A round moves ``r_k (in + out)`` numbers a factorised
+layer and the dense leaves, down and up.
 """
 
 from torch import Tensor

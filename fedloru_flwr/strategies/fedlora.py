@@ -4,6 +4,9 @@
 rank ``r``. A round moves ``r (in + out)`` numbers a factorised layer and the dense leaves, down and up.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
 
 
@@ -12,4 +15,6 @@ class FedLoRA(LowRankStrategy):
 
     algorithm = "fedlora"
     accumulation = Accumulation(refused="FedLoRA that accumulates is FedLoRU: use that")
-    refused = {"ranks": "averaging needs factors of one shape; use HetLoRA, FlexLoRA, FLoRA or mFedLoRU"}
+    refused: ClassVar[Mapping[str, str]] = {
+        "ranks": "averaging needs factors of one shape; use HetLoRA, FlexLoRA, FLoRA or mFedLoRU"
+    }

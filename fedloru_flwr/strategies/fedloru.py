@@ -8,6 +8,9 @@ A round moves ``r (in + out)`` numbers a factorised layer and the dense leaves, 
 message of its own, but each client receives every entry once, at its next contact.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
 
 
@@ -16,4 +19,6 @@ class FedLoRU(LowRankStrategy):
 
     algorithm = "fedloru"
     accumulation = Accumulation(every=10)
-    refused = {"ranks": "averaging needs factors of one shape; mFedLoRU is FedLoRU for clients of different ranks"}
+    refused: ClassVar[Mapping[str, str]] = {
+        "ranks": "averaging needs factors of one shape; mFedLoRU is FedLoRU for clients of different ranks"
+    }

@@ -1,11 +1,13 @@
 """FedSA-LoRA: only ``A`` is shared, ``B`` stays on the client (Guo et al., arXiv 2410.01463).
 
-Clients train both factors; ``A <- sum_k p_k A_k``, dense leaves likewise, and every client keeps its own ``B_k``. A round moves
-``r in`` numbers a factorised layer and the dense leaves, down and up. There is no global model, so that it is judged by
-its clients' personal models; the run's ``model.safetensors`` is ``W`` with the averaged dense leaves.
+Clients train both factors; ``A <- sum_k p_k A_k``, dense leaves likewise, and every client keeps its own ``B_k``. A
+round moves ``r in`` numbers a factorised layer and the dense leaves, down and up. There is no global model, so that it
+is judged by its clients' personal models; the run's ``model.safetensors`` is ``W`` with the averaged dense leaves.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
 from fedloru_flwr.strategies.state import ServerState
@@ -18,7 +20,7 @@ class FedSALoRA(LowRankStrategy):
     client_method = "fedsa-lora"
     accumulation = Accumulation(refused="every client has a product of its own")
     fixed_form = "a Hadamard product has no side that could be shared"
-    refused = {"ranks": "averaging needs factors of one shape"}
+    refused: ClassVar[Mapping[str, str]] = {"ranks": "averaging needs factors of one shape"}
     has_global_model = False
 
     def _initial_state(self) -> ServerState:

@@ -1,12 +1,13 @@
 """FlexLoRA: the mean of the products, split for every client's rank by singular value decomposition (arXiv 2402.11505).
 
-The server holds ``D = sum_k p_k B_k A_k`` in full; a client of rank ``r_k`` gets ``D``'s best pair of that rank. It sends and
-receives ``r_k (in + out)`` numbers a factorised layer and the dense leaves. The aggregation is exact; what a client's
-rank cannot hold of ``D`` is lost on the way to it.
+The server holds ``D = sum_k p_k B_k A_k`` in full; a client of rank ``r_k`` gets ``D``'s best pair of that rank. It
+sends and receives ``r_k (in + out)`` numbers a factorised layer and the dense leaves. The aggregation is exact; what a
+client's rank cannot hold of ``D`` is lost on the way to it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from fedloru_flwr.strategies.state import Outcome, ServerState
 class ProductStrategy(LowRankStrategy):
     """A method whose server holds products and gives each client a pair of its rank."""
 
-    refused = {
+    refused: ClassVar[Mapping[str, str]] = {
         "scaffold": "a client's factors are other variables after every decomposition, so that control variates of "
         "them would mean nothing",
         "stack": "there are no accumulated entries to stack",

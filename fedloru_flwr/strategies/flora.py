@@ -1,14 +1,16 @@
 """FLoRA: the clients' factors are stacked, so that the mean of their products is exact (Wang et al., arXiv 2409.05976).
 
-``W <- W + s sum_k p_k B_k A_k`` after every round, with ``B = [p_1 B_1, p_2 B_2, ...]`` and ``A = [A_1; A_2; ...]``; then
-everybody starts from fresh factors, which are drawn from the seed and not sent. Clients may have different ranks.
+``W <- W + s sum_k p_k B_k A_k`` after every round, with ``B = [p_1 B_1, p_2 B_2, ...]`` and ``A = [A_1; A_2; ...]``;
+then everybody starts from fresh factors, which are drawn from the seed and not sent. Clients may have different ranks.
 
-A client sends ``r_k (in + out)`` numbers a factorised layer and the dense leaves. It receives the stacks of every round it
-has missed, ``sum_k r_k (in + out)`` each (or the layer's product where that is smaller), or ``W`` where that is smaller.
+A client sends ``r_k (in + out)`` numbers a factorised layer and the dense leaves. It receives the stacks of every round
+it has missed, ``sum_k r_k (in + out)`` each (or the layer's product where that is smaller), or ``W`` where that is
+smaller.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,7 +28,7 @@ class FLoRA(LowRankStrategy):
     algorithm = "flora"
     accumulation = Accumulation(refused="its stacked products go into the model after every round as it is")
     fixed_form = "stacks are of pairs"
-    refused = {
+    refused: ClassVar[Mapping[str, str]] = {
         "inner": "FLoRA stacks factors and averages nothing but dense leaves",
         "scaffold": "the factors are drawn anew every round, so that they never have control variates",
         "keep": "the factors restart after every round",

@@ -1,12 +1,13 @@
 """HetLoRA: factors of different ranks, by padding and truncation (Cho et al., arXiv 2401.06432).
 
-The shared pair has the largest rank ``r``. A client of rank ``r_k`` gets the first ``r_k`` rows of ``A`` and columns of ``B``,
-and its reply is filled up with zeros before it is averaged with the others. It sends and receives ``r_k (in + out)``
-numbers a factorised layer and the dense leaves. Replies weigh by their numbers of examples; the paper's pruning of
-ranks during training and its weighting by the factors' norms are not part of this.
+The shared pair has the largest rank ``r``. A client of rank ``r_k`` gets the first ``r_k`` rows of ``A`` and columns of
+``B``, and its reply is filled up with zeros before it is averaged with the others. It sends and receives ``r_k (in +
+out)`` numbers a factorised layer and the dense leaves. Replies weigh by their numbers of examples; the paper's pruning
+of ranks during training and its weighting by the factors' norms are not part of this.
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,7 +21,9 @@ class HetLoRA(LowRankStrategy):
 
     algorithm = "hetlora"
     fixed_form = "padding is of pairs"
-    refused = {"scaffold": "clients of different ranks train other variables, whose control variates do not mix"}
+    refused: ClassVar[Mapping[str, str]] = {
+        "scaffold": "clients of different ranks train other variables, whose control variates do not mix"
+    }
 
     def _cut(self, work: wire.Work, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rank = work.rank or self.settings.rank

@@ -1,14 +1,15 @@
 r"""Full local training whose update is compressed to rank ``r``, with error feedback.
 
-The server sends ``W``; a client trains all of it and sends the best pair of rank ``r`` of ``W_k - W + e_k`` for each factorised
-layer, keeping ``e_k``, what the pair leaves out, for next time. ``W <- W + sum_k p_k B_k A_k``. A client receives the whole
-model and sends ``r (in + out)`` numbers a factorised layer and the dense leaves.
+The server sends ``W``; a client trains all of it and sends the best pair of rank ``r`` of ``W_k - W + e_k`` for each
+factorised layer, keeping ``e_k``, what the pair leaves out, for next time. ``W <- W + sum_k p_k B_k A_k``. A client
+receives the whole model and sends ``r (in + out)`` numbers a factorised layer and the dense leaves.
 
-Sources: PowerSGD (arXiv 1905.13727) for the compression, here with an exact singular value decomposition; Karimireddy et
-al. (arXiv 1901.09847) for error feedback.
+Sources: PowerSGD (arXiv 1905.13727) for the compression, here with an exact singular value decomposition; Karimireddy
+et al. (arXiv 1901.09847) for error feedback.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,7 +28,7 @@ class LowRankEF(LowRankStrategy):
     client_method = "lowrank-ef"
     accumulation = Accumulation(refused="its updates go into the model after every round as it is")
     fixed_form = "the compressed update is a pair"
-    refused = {
+    refused: ClassVar[Mapping[str, str]] = {
         "ranks": "it compresses every client's update to the same rank",
         "stack": "there are no accumulated entries to stack",
         "keep": "there is nothing to accumulate, hence no restart",
@@ -51,7 +52,7 @@ class LowRankEF(LowRankStrategy):
         keys = [key for layer in self.plan.layers for key in (layer.a_key, layer.b_key)]
         return {key: received.tensors[key] for key in keys}
 
-    def _settle(self, mean: Mapping[str, Tensor], replies: list[Received]) -> Outcome:
+    def _settle(self, mean: Mapping[str, Tensor], replies: Sequence[Received]) -> Outcome:
         gained = {
             layer.delta_key: mean[layer.weight_key] - self.state.trainables[layer.weight_key]
             for layer in self.plan.layers

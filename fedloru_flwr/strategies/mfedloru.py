@@ -1,13 +1,13 @@
 """mFedLoRU: FedLoRU for clients of different budgets (arXiv 2409.12371, model heterogeneity).
 
-The shared pair has rank ``r``. A client of a smaller rank ``r_k`` trains a nested pair, ``A + s_A A_d A_u`` and
-``B + s_B B_d B_u`` with the received ``A``, ``B`` frozen, and sends ``r_k (in + out + 2 r)`` numbers a layer; the
-server takes its factors as ``A_k = A + s_A A_d A_u``, ``B_k = B + s_B B_d B_u``, averages and accumulates as FedLoRU does.
+The shared pair has rank ``r``. A client of a smaller rank ``r_k`` trains a nested pair, ``A + s_A A_d A_u`` and ``B +
+s_B B_d B_u`` with the received ``A``, ``B`` frozen, and sends ``r_k (in + out + 2 r)`` numbers a layer; the server
+takes its factors as ``A_k = A + s_A A_d A_u``, ``B_k = B + s_B B_d B_u``, averages and accumulates as FedLoRU does.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class MFedLoRU(LowRankStrategy):
     client_method = "mfedloru"
     accumulation = Accumulation(every=10)
     fixed_form = "the nested pairs are of LoRA's factors"
-    refused = {
+    refused: ClassVar[Mapping[str, str]] = {
         "scaffold": "clients of a smaller rank train other variables than the rest, whose control variates do not mix"
     }
     shared_rank_from_map = False

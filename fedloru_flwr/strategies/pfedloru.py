@@ -1,10 +1,11 @@
 """pFedLoRU: FedLoRU with a personal pair on every client (arXiv 2409.12371, statistical heterogeneity).
 
-The effective weight on client ``k`` is ``W + s B A + s_p B_k A_k``. The global pair and the dense leaves are averaged and
-accumulated as in FedLoRU; the personal pair never leaves the client. What travels is FedLoRU's.
+The effective weight on client ``k`` is ``W + s B A + s_p B_k A_k``. The global pair and the dense leaves are averaged
+and accumulated as in FedLoRU; the personal pair never leaves the client. What travels is FedLoRU's.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from fedloru_flwr.strategies.federated import ModelSource
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
@@ -26,7 +27,7 @@ class PFedLoRU(LowRankStrategy):
     client_method = "pfedloru"
     accumulation = Accumulation(every=10)
     fixed_form = "the personal pair is a LoRA pair beside a LoRA pair"
-    refused = {"ranks": "averaging needs factors of one shape"}
+    refused: ClassVar[Mapping[str, str]] = {"ranks": "averaging needs factors of one shape"}
 
     def __init__(
         self,

@@ -1,9 +1,12 @@
 """RoLoRA: ``A`` and ``B`` are trained in alternate rounds (Chen et al., arXiv 2502.01755).
 
-In odd rounds ``B`` is trained with ``A`` frozen, in even rounds ``A`` with ``B`` frozen; the frozen half is the same on all
-clients, so that averaging the other averages the products exactly. Both halves go down (a client may have missed the
-last round), one half comes up.
+In odd rounds ``B`` is trained with ``A`` frozen, in even rounds ``A`` with ``B`` frozen; the frozen half is the same on
+all clients, so that averaging the other averages the products exactly. Both halves go down (a client may have missed
+the last round), one half comes up.
 """
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 from fedloru_flwr import wire
 from fedloru_flwr.strategies.lowrank import LowRankStrategy
@@ -14,7 +17,7 @@ class RoLoRA(LowRankStrategy):
 
     algorithm = "rolora"
     fixed_form = "a Hadamard product has four parts; RoLoRA alternates between the two of a pair"
-    refused = {"ranks": "averaging needs factors of one shape"}
+    refused: ClassVar[Mapping[str, str]] = {"ranks": "averaging needs factors of one shape"}
 
     def _half(self, server_round: int) -> wire.Half:
         # B first, also after a restart: while it is zero, A gets no gradient.

@@ -10,6 +10,10 @@ from fedloru_flwr.data import Samples
 CPU = torch.device("cpu")
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def how(**more):
     usual = {
         "epochs": 1,
@@ -60,14 +64,14 @@ def test_one_full_batch_of_sgd_is_one_step_down_the_gradient():
     with torch.no_grad():
         for parameter in expected.parameters():
             parameter -= 0.5 * parameter.grad
-    mean = train_locally(model, data, how(batch_size=7), torch.Generator().manual_seed(3), device=CPU)
+    mean = train_locally(model, data, how(batch_size=7), seeded(3), CPU)
     torch.testing.assert_close(model.state_dict(), expected.state_dict())
     assert mean == pytest.approx(loss.item())
 
 
 def test_the_loss_told_is_the_mean_over_the_last_epochs_samples():
     data = samples(5)
-    mean = train_locally(linear(), data, how(learning_rate=1e-12, epochs=3, batch_size=2), torch.Generator().manual_seed(3), device=CPU)
+    mean = train_locally(linear(), data, how(learning_rate=1e-12, epochs=3, batch_size=2), seeded(3), CPU)
     assert mean == pytest.approx(nn.functional.cross_entropy(linear()(data.inputs), data.labels).item(), rel=1e-5)
 
 
@@ -75,7 +79,9 @@ def test_the_loss_told_is_the_mean_over_the_last_epochs_samples():
 def test_the_seed_decides_the_order_and_nothing_else_does(optimizer):
     def train(seed):
         model = linear()
-        train_locally(model, samples(), how(optimizer=optimizer, momentum=0.9, epochs=2, batch_size=2), seed, CPU)
+        train_locally(
+            model, samples(), how(optimizer=optimizer, momentum=0.9, epochs=2, batch_size=2), seeded(seed), CPU
+        )
         return model.state_dict()
 
     torch.manual_seed(11)
@@ -89,7 +95,7 @@ def test_the_seed_decides_the_order_and_nothing_else_does(optimizer):
 def test_the_gradients_norm_is_clipped():
     def step(limit):
         model = linear()
-        train_locally(model, samples(), how(batch_size=7, learning_rate=1.0, max_grad_norm=limit), 0, CPU)
+        train_locally(model, samples(), how(batch_size=7, learning_rate=1.0, max_grad_norm=limit), seeded(), CPU)
         start = linear()
         moved = [(a - b).detach().flatten() for a, b in zip(model.parameters(), start.parameters(), strict=True)]
         return float(torch.cat(moved).norm())
@@ -102,7 +108,7 @@ def test_the_gradients_norm_is_clipped():
 def test_weight_decay_pulls_towards_zero():
     def norm(decay):
         model = linear()
-        train_locally(model, samples(), how(weight_decay=decay, epochs=3), 0, CPU)
+        train_locally(model, samples(), how(weight_decay=decay, epochs=3), seeded(), CPU)
         return float(model.weight.detach().norm())
 
     assert norm(0.5) < norm(0.0)
@@ -111,7 +117,7 @@ def test_weight_decay_pulls_towards_zero():
 def test_frozen_parameters_stay():
     model = linear()
     model.bias.requires_grad_(False)
-    train_locally(model, samples(), how(), 0, CPU)
+    train_locally(model, samples(), how(), seeded(), CPU)
     assert torch.equal(model.bias, linear().bias)
     assert not torch.equal(model.weight, linear().weight)
 
@@ -119,7 +125,7 @@ def test_frozen_parameters_stay():
 def test_batch_normalisation_trains_where_one_sample_is_left_over():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    assert train_locally(model, samples(9), how(), 0, CPU) > 0
+    assert train_locally(model, samples(9), how(), seeded(), CPU) > 0
     assert model[1].num_batches_tracked == 2, "four and five"
 
 

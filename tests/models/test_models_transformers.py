@@ -168,7 +168,7 @@ def test_a_merged_gpt2_has_every_key_of_the_plain_one_and_computes_the_same() ->
     load(adapted, random_factors(plan))
     adapted.write_trainables({key: value + 0.01 for key, value in adapted.read_trainables().items()})
     state = replace(initial_state(plain, plan, 0), trainables=adapted.read_trainables())
-    merged = merged_state_dict(state, plain, plan)
+    merged = merged_state_dict(state, plain, plan, 0)
     assert list(merged) == list(plain.state_dict())
     assert torch.equal(merged["lm_head.weight"], merged["transformer.wte.weight"])
     assert torch.equal(merged["lm_head.weight"], plain.lm_head.weight + 0.01)

@@ -293,7 +293,7 @@ def test_tied_weights_are_one_dense_leaf_and_both_names_are_in_the_merged_model(
     adapted.write_trainables(trained)
     assert adapted.module.out.weight is adapted.module.tokens.weight
     state = replace(initial_state(plain, adapted.plan, 0), trainables=trained)
-    merged = merged_state_dict(state, plain, adapted.plan)
+    merged = merged_state_dict(state, plain, adapted.plan, 0)
     assert list(merged) == list(plain.state_dict())
     assert torch.equal(merged["out.weight"], plain.tokens.weight + 0.25)
     assert torch.equal(merged["tokens.weight"], merged["out.weight"])

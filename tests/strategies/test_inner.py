@@ -325,7 +325,7 @@ def test_an_inner_strategys_settings_reach_the_clients(tmp_path):
     seen = []
 
     def look(reply, low_rank):
-        seen.append(dict(low_rank._message.content["config"]))
+        seen.append(dict(low_rank._contact.message.content["config"]))
         return reply
 
     grid = WatchedGrid(client_app(NET, tamper=look), 4, node_configs=own_machines(tmp_path, 4))

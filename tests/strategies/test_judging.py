@@ -104,7 +104,7 @@ TAMPERS = {
     "no config": (lambda content: content.pop("config"), "expected exactly one ConfigRecord, got 0"),
     "no header": (lambda content: content["config"].pop(wire.HEADER), "has no 'fedloru' header"),
     "spoilt header": (lambda c: c["config"].update({wire.HEADER: "{"}), "header does not parse"),
-    "another version": (header(protocol=2), "protocol-version is 2, this side speaks 1"),
+    "another version": (header(protocol=1), "protocol-version is 1, this side speaks 2"),
     "another lineage": (header(lineage="0" * 64), "it worked on lineage 000000000000, expected"),
     "no lineage": (header(lineage=""), "it worked on lineage unknown, expected"),
     "no client": (header(client=""), "does not say which client"),

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ import torch
 from flwr.app import ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
+    FedAdagrad,
     FedAdam,
+    FedAvgM,
     FedMedian,
+    FedYogi,
 )
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from toy_federation import (
@@ -268,11 +272,21 @@ def test_a_run_cannot_be_continued_by_another_algorithm_or_from_another_model(tm
         federate(same_but_weights, WatchedGrid(client_app(NET, query=True), 4), ROUNDS)
 
 
+class Wanders(FlowerFedAvg):
+    """A user's own, with a state of its own."""
+
+
+class OwnAdam(FedAdam):
+    """What a user makes of a known one is not known."""
+
+
 @pytest.mark.parametrize(
     ("inner", "name"),
     [
-        (FedAdam, "FedAdam"),
+        (Wanders, "Wanders"),
+        (OwnAdam, "OwnAdam"),
         (lambda: DifferentialPrivacyServerSideFixedClipping(FlowerFedAvg(), 1.0, 1.0, 2), "DifferentialPrivacy"),
+        (lambda: DifferentialPrivacyServerSideFixedClipping(FedAdam(), 1.0, 1.0, 2), "DifferentialPrivacy"),
     ],
 )
 def test_an_inner_strategy_with_a_state_of_its_own_cannot_be_continued_and_is_named(tmp_path, inner, name):
@@ -280,6 +294,17 @@ def test_an_inner_strategy_with_a_state_of_its_own_cannot_be_continued_and_is_na
         run(tmp_path, kill_at=3, inner=inner())
     with pytest.raises(ResumeError, match=f"inner strategy {name}.* carries state from round to round"):
         run(tmp_path, resume="auto", kill_at=-1, inner=inner())
+
+
+@pytest.mark.parametrize("inner", [FedAdam, FedYogi, FedAdagrad, partial(FedAvgM, server_momentum=0.5)], ids=str)
+def test_a_server_optimiser_is_continued_with_its_moments(tmp_path, inner):
+    """Accumulations, at which moments of factors become zero, before and after the kill."""
+    run(tmp_path / "whole", kill_at=-1, inner=inner())
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", kill_at=5, inner=inner())
+    assert RunDirectory(tmp_path / "killed/run").latest_checkpoint()[0] == 4
+    run(tmp_path / "killed", resume="auto", kill_at=-1, inner=inner())
+    assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "whole")
 
 
 def test_where_there_is_nothing_to_continue(tmp_path):

@@ -236,7 +236,7 @@ def test_a_client_of_another_protocol_version_stops_the_run_by_name(monkeypatch)
     def older(message, context):
         reply = wire.enrolment_reply(message.content, wire.Enrolment("0", "0.0.1"))
         config = next(iter(reply.config_records.values()))
-        config[wire.HEADER] = config[wire.HEADER].replace('"protocol": 1', '"protocol": 0')
+        config[wire.HEADER] = config[wire.HEADER].replace(f'"protocol": {wire.PROTOCOL_VERSION}', '"protocol": 0')
         return reply
 
     from flwr.app import Message
@@ -248,7 +248,7 @@ def test_a_client_of_another_protocol_version_stops_the_run_by_name(monkeypatch)
     def enrol(message, context):
         return Message(older(message, context), reply_to=message)
 
-    with pytest.raises(RosterError, match=r"node 1000 cannot take part: protocol-version is 0, this side speaks 1"):
+    with pytest.raises(RosterError, match=r"node 1000 cannot take part: protocol-version is 0, this side speaks 2"):
         federate(make(enrol=True), WatchedGrid(app, 4), 1)
 
 

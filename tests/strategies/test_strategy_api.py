@@ -61,8 +61,10 @@ def test_an_unknown_keyword_is_a_type_error_that_names_it(algorithm):
 
 
 def test_fedlora_does_not_take_arguments_of_accumulation():
-    with pytest.raises(TypeError, match="accumulate_every"):
-        FedLoRA(NET, accumulate_every=3)
+    for arguments in ({"accumulate_every": 3}, {"accumulate_at": [4]}):
+        with pytest.raises(ValueError, match="FedLoRA cannot accumulate: FedLoRA that accumulates is FedLoRU"):
+            FedLoRA(NET, **arguments)
+    assert not FedLoRA(NET, rank=2).schedule.accumulates
     with pytest.raises(TypeError, match="rank"):
         FedAvg(NET, rank=3)
 
@@ -78,7 +80,7 @@ def test_fedlora_does_not_take_arguments_of_accumulation():
         ({"num_clients": 0}, "num_clients must be at least 1, got 0"),
         ({"reinit": "again"}, "reinit must be 'reset' or 'keep', got 'again'"),
         ({"accumulate_into": "heap"}, "accumulate_into must be 'merge' or 'stack', got 'heap'"),
-        ({"accumulate_every": 0}, "accumulate-every must be at least 1 round, got 0"),
+        ({"accumulate_every": -1}, "accumulate_every must be at least 1 round .*, got -1"),
         ({"accumulate_at": [0, 3]}, r"accumulate-at must list rounds of at least 1, got \[0, 3\]"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"rank": 500}, "no layer is left to factorise at rank 500"),
@@ -300,7 +302,7 @@ def test_instances_in_bfloat16_get_their_base_over_the_wire():
 def test_the_base_on_the_server_is_what_the_ledger_says():
     strategy = make()
     federate(strategy, WatchedGrid(client_app(NET), 4), 5)
-    folded = fold_all(strategy._root_base, strategy.state.ledger.entries, strategy.plan)
+    folded = fold_all(strategy._root_base, strategy.state.ledger.entries, strategy.plan, strategy.seed)
     assert same(folded, dict(strategy.state.base))
     assert strategy.state.ledger.version == 2
     assert same(dict(strategy._root_base), {k: v for k, v in NET().state_dict().items() if k in strategy.plan.base})
