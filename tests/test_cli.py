@@ -155,7 +155,7 @@ def test_a_layer_too_small_for_the_rank_stays_dense_and_is_named(tmp_path):
 
 def test_a_run_whose_clients_all_fail_stops_with_status_1_and_its_state_saved(tmp_path):
     # A held-out test set with 10 classes, but clients that are told of 3: every client refuses its labels.
-    settings = f"{SMALL} run-name=failing"
+    settings = f"{SMALL} run-name=failing batched=false"
     script = (
         "import fedloru_flwr.client_app as c, fedloru_flwr.cli as cli\n"
         "def broken(*a, **k): raise OSError('no disk')\n"

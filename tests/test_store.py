@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedloru_flwr.lowrank import Entry
-from fedloru_flwr.store import Store, default_path
+from fedloru_flwr.store import Store, default_store
 
 ROOT, OTHER = "0" * 64, "a" * 64
 
@@ -188,13 +188,13 @@ def test_notes_are_not_trimmed(tmp_path):
 
 def test_the_store_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("FEDLORU_STORE", str(tmp_path / "mine"))
-    assert default_path() == tmp_path / "mine"
+    assert default_store().path == tmp_path / "mine"
     monkeypatch.delenv("FEDLORU_STORE")
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))
-    assert default_path() == tmp_path / "flower" / "fedloru"
+    assert default_store().path == tmp_path / "flower" / "fedloru"
     monkeypatch.delenv("FLWR_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_path() == Path(tmp_path) / ".flwr" / "fedloru"
+    assert default_store().path == Path(tmp_path) / ".flwr" / "fedloru"
 
 
 WRITER = """

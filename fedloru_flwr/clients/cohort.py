@@ -149,7 +149,7 @@ class _Schedule:
             index[client, :end] = own.view(end, size) + start
             length[client, :end] = size
             length[client, steps - 1 : end : steps] = count - (steps - 1) * size
-            share[client, end - steps : end] = length[client, end - steps : end] / count
+            share[client, end - steps : end] = length[client, end - steps : end].double() / count
             start += count
         there = torch.arange(size) < length[..., None]
         weight = there / length.clamp(min=1)[..., None].to(dtype)
@@ -245,27 +245,31 @@ class _Group:
             if control is not None:
                 for key, gradient in gradients.items():
                     sums[key][:count] += gradient
-            self._correct(gradients, trained, origin, control)
+            # Never in place: two tensors' gradients may lie in the same memory.
+            gradients = self._corrected(gradients, trained, origin, control)
             if self._how.max_grad_norm > 0:
-                _clip(list(gradients.values()), self._how.max_grad_norm)
+                gradients = _clipped(gradients, self._how.max_grad_norm)
+            for key, gradient in gradients.items():
+                trained[key].grad = gradient
             optimizer.step()
         steps = plan.steps.to(self._device).clamp(min=1)
         return losses, {key: total / _over(steps, total) for key, total in sums.items()}
 
     @torch.no_grad()
-    def _correct(
+    def _corrected(
         self,
-        gradients: Mapping[str, Tensor],
+        gradients: dict[str, Tensor],
         trained: Mapping[str, Tensor],
         origin: Mapping[str, Tensor] | None,
         control: Mapping[str, Tensor] | None,
-    ) -> None:
-        """Add FedProx's and SCAFFOLD's terms to the gradients."""
-        for key, gradient in gradients.items():
-            if origin is not None:
-                gradient.add_(trained[key] - origin[key][: len(gradient)], alpha=self._tasks[0].proximal_mu)
-            if control is not None:
-                gradient.add_(control[key][: len(gradient)])
+    ) -> dict[str, Tensor]:
+        """The gradients with FedProx's and SCAFFOLD's terms."""
+        mu = self._tasks[0].proximal_mu
+        if origin is not None:
+            gradients = {key: one + mu * (trained[key] - origin[key][: len(one)]) for key, one in gradients.items()}
+        if control is not None:
+            gradients = {key: one + control[key][: len(one)] for key, one in gradients.items()}
+        return gradients
 
     def _optimizer(self, tensors: list[Tensor], before: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
         """An optimiser of the first clients' tensors that goes on from the one of more clients."""
@@ -300,14 +304,14 @@ def _over(per_client: Tensor, like: Tensor) -> Tensor:
     return per_client.view(-1, *(1,) * (like.dim() - 1))
 
 
-def _clip(gradients: Sequence[Tensor], limit: float) -> None:
-    """Scale each client's gradients by ``min(1, limit / (norm + 1e-6))``, as ``clip_grad_norm_`` does for one."""
-    norms = [torch.linalg.vector_norm(one.flatten(1) if one.dim() > 1 else one[:, None], dim=1) for one in gradients]
-    total = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-    scale = (limit / (total + 1e-6)).clamp(max=1.0)
-    if not bool((scale == 1.0).all()):
-        for one in gradients:
-            one.mul_(_over(scale, one))
+def _clipped(gradients: dict[str, Tensor], limit: float) -> dict[str, Tensor]:
+    """Each client's gradients times ``min(1, limit / (norm + 1e-6))``, as ``clip_grad_norm_`` does for one client."""
+    matrices = [one.reshape(len(one), -1) for one in gradients.values()]
+    norms = torch.stack([torch.linalg.vector_norm(matrix, dim=1) for matrix in matrices])
+    scale = (limit / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+    if bool((scale == 1.0).all()):
+        return gradients
+    return {key: one * _over(scale, one) for key, one in gradients.items()}
 
 
 def obstacle(module: nn.Module, inputs: Tensor | None = None) -> str | None:
@@ -373,7 +377,7 @@ def _try(module: nn.Module, inputs: Tensor) -> str | None:
                 if _differ(one[client], expected):
                     return "its gradients differ where clients are batched"
     except Exception as error:
-        return f"it cannot be batched: {str(error).strip().splitlines()[0]}"
+        return f"it cannot be batched: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None
 
 

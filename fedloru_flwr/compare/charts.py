@@ -48,13 +48,13 @@ class Chart:
         title: what it shows, in short.
         alt: what it shows, for those who do not see it.
         svg: the picture.
-        wide: it needs the whole width of the page.
+        methods: names of those whose looks it needs explained.
     """
 
     title: str
     alt: str
     svg: bytes
-    wide: bool = False
+    methods: tuple[str, ...] = ()
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
@@ -85,7 +85,7 @@ def accuracy_charts(comparison: Comparison, metric: Metric) -> list[Chart]:
             if by == "bytes":
                 _log_bytes(axes, [up / 1e6 for one in drawn for up in one.curve(metric).up if up > 0])
             ends = "; ".join(f"{one.label} ends at {one.curve(metric).values[-1].mean:.3f}" for one in drawn)
-            charts.append(Chart(title, f"Line chart. {title}. {ends}.", _svg(figure)))
+            charts.append(Chart(title, f"Line chart. {title}. {ends}.", _svg(figure), _methods(drawn)))
     return charts
 
 
@@ -139,7 +139,7 @@ def gap_charts(comparison: Comparison) -> list[Chart]:
             f"{comparison.results.labels[method]} " + ", ".join(f"{gap.mean:+.3f} at {x:g}" for x, gap in line)
             for method, line in points.items()
         )
-        charts.append(Chart(title, f"Line chart. {title}. {told}.", _svg(figure)))
+        charts.append(Chart(title, f"Line chart. {title}. {told}.", _svg(figure), tuple(points)))
     return charts
 
 
@@ -166,7 +166,7 @@ def error_charts(comparison: Comparison) -> list[Chart]:
             )
         axes.set_yscale("log")
         told = "; ".join(f"{one.label} ends at {one.errors[-1][1]:.3g}" for one in drawn)
-        charts.append(Chart(title, f"Line chart. {title}. {told}.", _svg(figure)))
+        charts.append(Chart(title, f"Line chart. {title}. {told}.", _svg(figure), _methods(drawn)))
     return charts
 
 
@@ -233,6 +233,10 @@ def partition_charts(comparison: Comparison) -> list[Chart]:
         )
         charts.append(Chart(title, alt, _svg(figure)))
     return charts
+
+
+def _methods(drawn: Sequence[Judged]) -> tuple[str, ...]:
+    return tuple(one.row.method for one in drawn)
 
 
 def _by_seed(one: Judged) -> dict[int, Record]:

@@ -35,19 +35,22 @@ class Section:
         text: what is shown.
         charts: pictures.
         tables: beneath them.
-        legend: whether the pictures need the methods' looks explained.
     """
 
     title: str
     text: str = ""
     charts: list[Chart] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    legend: bool = True
 
     @property
     def anchor(self) -> str:
         """Its id."""
         return "".join(letter if letter.isalnum() else "-" for letter in self.title.lower())
+
+    @property
+    def drawn(self) -> set[str]:
+        """The methods whose looks the pictures need explained."""
+        return {method for chart in self.charts for method in chart.methods}
 
 
 def html(comparison: Comparison) -> str:
@@ -65,7 +68,7 @@ def html(comparison: Comparison) -> str:
         failures=failures(comparison),
         winners=winners_table(comparison),
         sections=_sections(comparison),
-        looks=[(results.labels[name], look) for name, look in charts.looks(list(results.labels)).items()],
+        looks=charts.looks(list(results.labels)),
         origins=results.origins,
         style=(source / "page.css").read_text(encoding="utf-8"),
     )
@@ -104,14 +107,10 @@ def _sections(comparison: Comparison) -> list[Section]:
         )
     )
     sections.append(
-        _with_table(
-            by_title, "Spread over clients", charts.spread_charts(comparison), captions.SPREAD_CHARTS, legend=False
-        )
+        _with_table(by_title, "Spread over clients", charts.spread_charts(comparison), captions.SPREAD_CHARTS)
     )
     sections.append(_with_table(by_title, "Aggregation error", charts.error_charts(comparison), captions.ERROR_CHARTS))
-    sections.append(
-        Section("Partition of the data", captions.PARTITIONS, charts.partition_charts(comparison), legend=False)
-    )
+    sections.append(Section("Partition of the data", captions.PARTITIONS, charts.partition_charts(comparison)))
     tuning = choices_table(comparison)
     sections.append(Section("Tuning", tables=[tuning] if tuning else []))
     sections.append(Section("Settings of the methods", tables=[_settings(comparison)]))
@@ -119,11 +118,9 @@ def _sections(comparison: Comparison) -> list[Section]:
     return [section for section in sections if section.charts or section.tables]
 
 
-def _with_table(
-    by_title: dict[str, Table], title: str, pictures: list[Chart], text: str, legend: bool = True
-) -> Section:
+def _with_table(by_title: dict[str, Table], title: str, pictures: list[Chart], text: str) -> Section:
     table = by_title.get(title)
-    return Section(title, text if pictures else "", pictures, [table] if table else [], legend)
+    return Section(title, text if pictures else "", pictures, [table] if table else [])
 
 
 def _plain(found: Sequence[Table]) -> list[Table]:

@@ -64,9 +64,14 @@ class Places:
         return summary.get("status") == "finished" and summary.get("rounds") == run.settings["num-server-rounds"]
 
     def make_ready(self, run: Wanted) -> Path:
-        """Clear away a directory that was killed before it became a run; return the file for the run's output."""
+        """Clear away what cannot be continued; return the file for the run's output.
+
+        That is what was killed before it became a run, and a run that failed: it is run anew, since to go on behind the
+        round in which it failed would give another result.
+        """
         path = self.place(run).path
-        if path.is_dir() and not (path / "manifest.json").is_file() and not (path / "checkpoints").is_dir():
+        is_run = (path / "manifest.json").is_file() or (path / "checkpoints").is_dir()
+        if path.is_dir() and (not is_run or _read(path / "summary.json").get("status") == "failed"):
             shutil.rmtree(path)
         self.logs.mkdir(parents=True, exist_ok=True)
         return self.logs / f"{_file_name(run.method)}-{path.name}.log"

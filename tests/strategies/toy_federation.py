@@ -118,8 +118,8 @@ def client_app(net, *, shape=None, rate=RATE, seen=None, tamper=None, before=Non
                 low_rank.model.train()
             base = {name: tensor.clone() for name, tensor in low_rank._adapted.read_base().items()}
             seen.append(Look(low_rank.server_round, low_rank.client, base, outputs))
-        loss = descend(low_rank.model, inputs, labels, rate=rate)
-        reply = low_rank.reply({"train_loss": loss, "num-examples": len(labels)})
+        losses = [descend(low_rank.model, inputs, labels, steps, rate) for steps in low_rank.phases(STEPS)]
+        reply = low_rank.reply({"train_loss": losses[0], "num-examples": len(labels)})
         return reply if tamper is None else tamper(reply, low_rank)
 
     if evaluates:
@@ -130,15 +130,17 @@ def client_app(net, *, shape=None, rate=RATE, seen=None, tamper=None, before=Non
                 return instead
             low_rank = LowRankSession(source(context), message, context)
             inputs, labels = samples(int(context.node_config["partition-id"]), shape)
+            metrics = {}
             with torch.no_grad():
-                loss = functional.cross_entropy(low_rank.model(inputs), labels)
-            return low_rank.reply({"loss": loss, "num-examples": len(labels)})
+                for prefix, model in low_rank.models():
+                    metrics[f"{prefix}loss"] = functional.cross_entropy(model(inputs), labels)
+            return low_rank.reply({**metrics, "num-examples": len(labels)})
 
     if query:
 
         @app.query()
         def enrol(message, context):
-            told = wire.Enrolment(client_identity(context), "test")
+            told = wire.Enrolment(client_identity(context), "test", context.node_config.get("max-rank", 0))
             return Message(wire.enrolment_reply(message.content, told), reply_to=message)
 
     return app
