@@ -430,7 +430,7 @@ class FederatedStrategy(Strategy):
         result = self._result
         started = time.monotonic()
         if not any(self.schedule.due(t) for t in range(1, num_rounds + 1)) and self.schedule.accumulates:
-            log(WARNING, "no accumulation falls into the %d rounds of this run: it is FedLoRA", num_rounds)
+            log(WARNING, "no accumulation falls into the %d rounds of this run", num_rounds)
         if self.state.server_round == 0 and evaluate_fn is not None and self.has_global_model:
             self._record({"round": 0}, evaluate_fn, num_rounds, started)
         self._roster.wait(grid, self.num_clients, self._min_available, timeout)

@@ -31,7 +31,8 @@ def run(task):
         with metrics.open("a") as file:
             file.write(json.dumps({**row, "seconds": time.time() % 1}) + "\n")
         if settings["learning-rate"] == 13.0 and number >= 2:
-            raise RuntimeError("out of chalk\nand of sponges")
+            (path / "summary.json").write_text(json.dumps({"status": "failed", "rounds": total}))
+            raise RuntimeError(f"out of chalk in round {number}\nand of sponges")
         if settings["learning-rate"] == 14.0:
             os._exit(9)
     (path / "summary.json").write_text(json.dumps({"status": "finished", "rounds": total}))

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from synthetic import record, results
+from synthetic import record, results, rows
 
 from fedloru_flwr.compare import measures
 from fedloru_flwr.compare.judged import Comparison, winners
@@ -69,9 +69,11 @@ def test_final_best_bytes_and_bytes_a_client():
 
 
 def test_failed_runs_count_in_no_mean():
-    failed = measures.Record.failed(record([0.1], seed=1).settings, "no")
+    settings = record([0.1], seed=1).settings
+    failed = measures.Record.of_rows(settings, rows([0.1, 0.3], 7_000_000), reason="no")
     (one,) = Comparison(results({"a": {0: record([0.1, 0.9]), 1: failed}})).judged
     assert one.final("accuracy") == Stat(0.9, None)
+    assert one.up == 1_000_000
 
 
 def test_gaps_are_taken_seed_by_seed():

@@ -111,14 +111,17 @@ def test_interrupted_twice_the_tables_are_those_of_an_uninterrupted_comparison(c
     assert workers_of(cut) == []
 
 
-@pytest.mark.usefixtures("stub_workers")
-def test_sigterm_stops_the_comparison_in_order(conf, tmp_path):
-    stopped = start(conf, tmp_path / "out")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_however_a_comparison_is_ended_its_workers_do_not_outlive_it(conf, tmp_path, number, status):
+    conf.write_text(CONF.replace("num-server-rounds = 11", "num-server-rounds = 5000"))
+    ended = start(conf, tmp_path / "out")
     wait_for(lambda: len(rows(tmp_path / "out")) >= 1)
-    stopped.terminate()
-    stopped.communicate(timeout=30)
-    assert stopped.returncode == 130
-    assert workers_of(tmp_path / "out") == []
+    ended.send_signal(number)
+    began = time.monotonic()
+    ended.communicate(timeout=30)
+    assert ended.returncode == status
+    wait_for(lambda: workers_of(tmp_path / "out") == [], seconds=5)
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.usefixtures("stub_workers")
@@ -148,11 +151,11 @@ def test_a_failed_run_is_told_and_the_rest_goes_on(conf, tmp_path):
     conf.write_text(CONF.replace("[5, 10]", "[5]").replace("[0, 1]", "[0]") + bad)
     outcome = compare(conf, tmp_path / "out")
     assert outcome.failures == (
-        "Bad one, num-clients = 5, seed 0: RuntimeError: out of chalk",
+        "Bad one, num-clients = 5, seed 0: RuntimeError: out of chalk in round 2",
         "dying, num-clients = 5, seed 0: its worker process ended with status 9, 3 times",
     )
     text = (tmp_path / "out" / "table.md").read_text().replace(NONE, "-")
-    assert "- Bad one, num-clients = 5, seed 0: RuntimeError: out of chalk" in text
+    assert "- Bad one, num-clients = 5, seed 0: RuntimeError: out of chalk in round 2" in text
     assert "| num-clients = 5 | Bad one | - | - |" in text
     assert outcome.results.rows[0].finished
     log = next((tmp_path / "out" / "logs").glob("bad-seed-0-*.log")).read_text()

@@ -71,6 +71,8 @@ def test_settings_of_a_run_are_resolved_in_order(tmp_path):
     assert (final["num-server-rounds"], final["learning-rate"], final["num-clients"], final["seed"]) == (60, 2.0, 20, 1)
     assert (tuned["num-server-rounds"], tuned["seed"]) == (6, 100)
     assert final["algorithm"] == "fedloru"
+    spec = parse_spec({"settings": {"rank": 2}, "methods": {"a": {"rank": 3}, "b": {}}}, "name", "conf.toml")
+    assert [spec.resolved(method, {}, {}, 0)["rank"] for method in spec.methods] == [3, 2]
 
 
 def test_what_is_left_out_has_defaults():

@@ -50,7 +50,8 @@ class Reference:
         self.factors = self.fresh(0, None) if self.layers else {}
 
     def run(self):
-        for self.round, clients in sorted(self.drawn.items()):
+        for server_round, clients in sorted(self.drawn.items()):
+            self.round = server_round
             examples = [len(self.data(client)[1]) for client in clients]
             shares = [count / sum(examples) for count in examples]
             replies = [self.client(client) for client in clients]
@@ -131,7 +132,7 @@ class Reference:
             self.more["server"].forget(self.factors)
 
     def update_control(self):
-        for change in self.more.get("total") and self.changes or ():
+        for change in self.changes if self.more.get("total") else ():
             for key, value in change.items():
                 self.c[key] = self.c.get(key, 0.0) + value / self.more["total"]
         self.changes = []

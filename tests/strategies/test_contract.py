@@ -1,7 +1,6 @@
 """What every algorithm of the registry keeps to: a new one without a row here fails."""
 
 import json
-import re
 import shutil
 from dataclasses import dataclass, field
 
@@ -114,8 +113,8 @@ def test_every_algorithm_has_a_row():
 def test_it_runs_to_the_end_and_its_model_is_a_plain_one(algorithm):
     net, grid = CONV, WatchedGrid(client_app(CONV), 4)
     strategy = make(algorithm, net, ("stem", "hidden"), fraction_train=0.5)
-    result = federate(strategy, grid, 5)
-    assert [(row["clients_ok"], row["clients_failed"]) for row in grid.watch.rows] == [(2, 0)] * 5
+    result = federate(strategy, grid, 4)
+    assert [(row["clients_ok"], row["clients_failed"]) for row in grid.watch.rows] == [(2, 0)] * 4
     merged, plain = strategy.merged_state_dict(), net().state_dict()
     assert [(k, v.shape, v.dtype) for k, v in merged.items()] == [(k, v.shape, v.dtype) for k, v in plain.items()]
     assert all(bool(value.isfinite().all()) for value in merged.values())
@@ -330,8 +329,11 @@ def whole(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("damage", [False, True], ids=["", "older checkpoint"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "damage"),
+    [(variant, False) for variant in VARIANTS]
+    + [(variant, True) for variant in dict.fromkeys([*KEEPING, "fedloru", "fedloru, FedAvgM", "flora, stack"])],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, whole, variant, damage):
     """Killed after round 5: the server goes back to round 4, or to an older checkpoint; clients hold later states."""
     directory, expected = whole(variant)
@@ -348,7 +350,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, whole, variant, damage
         strategy = life(variant, tmp_path, resume="auto")
     assert strategy._counted == expected._counted
     if variant == "flora, stack" and damage:
-        # Clients are ahead of the server and are sent a base, on which they stack: the same function, not the same bits.
+        # Clients are ahead of the server and are sent a base, on which they stack: the same function, not its bits.
         torch.testing.assert_close(strategy.merged_state_dict(), expected.merged_state_dict())
         return
     assert (tmp_path / "run/model.safetensors").read_bytes() == (directory / "run/model.safetensors").read_bytes()
@@ -368,7 +370,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, whole, variant, damage
     assert one == other
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", dict.fromkeys([*ALGORITHMS, *KEEPING]))
 def test_a_reply_that_is_rejected_leaves_no_trace(tmp_path, variant):
     """The same model and the same states as where the client failed before it did anything."""
     algorithm, more = VARIANTS[variant]
@@ -398,7 +400,7 @@ def test_a_reply_that_is_rejected_leaves_no_trace(tmp_path, variant):
     assert (ends[0][1]["1"] is not None) == (variant in KEEPING)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*KEEPING, "fedloru"])
 def test_a_client_that_lost_its_own_state_starts_afresh(tmp_path, variant):
     algorithm, more = VARIANTS[variant]
     models = []
@@ -424,7 +426,7 @@ def test_clients_do_not_gather_old_states(tmp_path, variant):
     for directory, most in ((None, 2), (tmp_path / "run", 6)):
         strategy = make(algorithm, run_dir=directory, checkpoint_every=2, **more())
         store = tmp_path / f"store {most}"
-        federate(strategy, WatchedGrid(client_app(NET), 4), 9, store=store)
+        federate(strategy, WatchedGrid(client_app(NET), 4), 7, store=store)
         files = [len(list(path.iterdir())) for path in (store / "states").iterdir()]
         assert len(files) == 4
         assert max(files) <= most
@@ -521,15 +523,16 @@ def test_a_combination_is_refused_with_its_reason_or_runs(algorithm, what):
             make(algorithm, **ASKED[what]())
         assert why in str(refusal.value)
         return
-    grid = WatchedGrid(client_app(NET), 4)
+    grid = WatchedGrid(client_app(NET), 2)
     try:
-        strategy = make(algorithm, **ASKED[what]())
-    except ValueError as refusal:  # of two things together
-        assert what in ("loha and stack", "accumulate and stack")
-        assert re.search("cannot|refused", str(refusal))
+        strategy = make(algorithm, **{**ASKED[what](), "num_clients": 2})
+    except ValueError as refusal:
+        two_things_together = what in ("loha and stack", "accumulate and stack")
+        if not two_things_together or "cannot" not in str(refusal):
+            raise
         return
-    federate(strategy, grid, 4)
-    assert [row["failures"] for row in grid.watch.rows] == [{}] * 4
+    federate(strategy, grid, 3)
+    assert [row["failures"] for row in grid.watch.rows] == [{}] * 3
     assert all(bool(value.isfinite().all()) for value in strategy.merged_state_dict().values())
 
 
