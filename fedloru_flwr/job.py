@@ -140,8 +140,8 @@ def _build(config: RunConfig, factory: NetworkFactory, **common: Unpack[CommonOp
 def _introduce(
     console: Console, strategy: FederatedStrategy, config: RunConfig, directory: RunDirectory, done: int
 ) -> None:
-    state, plan = strategy.state, strategy.plan
-    trained = sum(tensor.numel() for tensor in state.trainables.values())
+    plan = strategy.plan
+    trained = strategy.parameters_sent()
     total = sum(tensor.numel() for tensor in strategy.merged_state_dict().values())
     lines = [
         f"{config.algorithm}: {config.num_server_rounds} rounds, {config.num_clients} clients, "

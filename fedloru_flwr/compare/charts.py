@@ -80,7 +80,7 @@ def accuracy_charts(comparison: Comparison, metric: Metric) -> list[Chart]:
             for one in drawn:
                 line = one.curve(metric)
                 xs: list[float] = list(line.rounds) if by == "rounds" else [up / 1e6 for up in line.up]
-                _band(axes, xs, line.values, style[one.row.method])
+                _band(axes, xs, line.values, style[one.row.method], 0.13 if len(drawn) <= 6 else 0.06)
             axes.set_ylim(*limits)
             if by == "bytes":
                 _log_bytes(axes, [up / 1e6 for one in drawn for up in one.curve(metric).up if up > 0])
@@ -266,13 +266,13 @@ def _figure(xlabel: str, ylabel: str, height: float = _SIZE[1]) -> "tuple[Figure
     return figure, axes
 
 
-def _band(axes: "Axes", xs: Sequence[float], values: Sequence[Stat], look: Look) -> None:
+def _band(axes: "Axes", xs: Sequence[float], values: Sequence[Stat], look: Look, opacity: float) -> None:
     means = [stat.mean for stat in values]
     stds = [stat.std or 0.0 for stat in values]
     if any(stds):
         low = [mean - std for mean, std in zip(means, stds, strict=True)]
         high = [mean + std for mean, std in zip(means, stds, strict=True)]
-        axes.fill_between(xs, low, high, color=look.colour, alpha=0.13, linewidth=0)
+        axes.fill_between(xs, low, high, color=look.colour, alpha=opacity, linewidth=0)
     axes.plot(xs, means, color=look.colour, linestyle=look.style, linewidth=1.7)
     axes.plot(xs[-1:], means[-1:], color=look.colour, marker=look.marker, markersize=5)
 

@@ -120,7 +120,8 @@ def score(groups: Sequence[Sequence[Record]], by: By, target: float | None) -> t
 
     Args:
         groups: for each combination of axes it is judged on, the runs of the tuning seeds.
-        by: what counts. A method without a global model is judged by its personal accuracy instead.
+        by: what counts. A method without a global model is judged by its personal accuracy instead; and one without
+            personal models, by the mean over the clients of the global model's accuracy.
         target: for ``bytes_up_to_target``, whose score is minus the bytes, then the final accuracy.
     """
     if not all(record.finished for group in groups for record in group):
@@ -130,6 +131,8 @@ def score(groups: Sequence[Sequence[Record]], by: By, target: float | None) -> t
         metric = "personal"
     pick = best if by == "best_accuracy" else last
     values = [pick(record, metric) for group in groups for record in group]
+    if by == "personal_accuracy" and not any(value is not None for value in values):
+        values = [record.spread.get("accuracy", {}).get("mean") for group in groups for record in group]
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return None

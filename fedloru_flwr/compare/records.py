@@ -56,7 +56,10 @@ class Record:
         ups, downs = [], []
         spread: dict[str, dict[str, float]] = {}
         for row in rows:
-            up, down = up + row["bytes_up"], down + row["bytes_down"]
+            # What an evaluation moves is a matter of how often one looks, not of the method.
+            looking = (row.get("bytes_by_purpose") or {}).get("evaluation") or {}
+            up += row["bytes_up"] - looking.get("up", 0)
+            down += row["bytes_down"] - looking.get("down", 0)
             ups.append(up)
             downs.append(down)
             spread = row.get("clients") or spread

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -375,8 +374,9 @@ def _mb(num_bytes: float | None) -> str:
     if num_bytes is None:
         return NONE
     value = num_bytes / 1e6
-    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
-    return f"{value:,.{max(min(digits, 6), 0)}f}"
+    if not 0.001 <= value < 999.5:
+        return f"{value:,.0f}" if value >= 1 or value == 0 else f"{value:.6f}"
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _runs(one: Judged) -> str:

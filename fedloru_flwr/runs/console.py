@@ -85,6 +85,10 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
     )
     table.add_row("final accuracy", _metric(summary["final_accuracy"]))
     table.add_row("best accuracy", _metric(summary["best_accuracy"]))
+    for name, title in (("accuracy", "clients, global model"), ("personal-accuracy", "clients, personal models")):
+        if over := summary.get("clients", {}).get(name):
+            worst = f"worst tenth {_metric(over['worst_decile'])}"
+            table.add_row(title, f"{_metric(over['mean'])} ± {_metric(over['std'])}", worst)
     table.add_row("time", format_duration(summary["seconds"]))
     return table
 

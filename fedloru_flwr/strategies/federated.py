@@ -356,9 +356,13 @@ class FederatedStrategy(Strategy):
 
         return evaluate_fn
 
+    def parameters_sent(self) -> int:
+        """How many numbers a client of full rank sends in a round (of both halves, where they alternate)."""
+        return sum(tensor.numel() for tensor in self._reply_like(wire.Work()).values())
+
     def summary(self) -> None:
         """Log what is trained and sent."""
-        trained = sum(tensor.numel() for tensor in self.state.trainables.values())
+        trained = self.parameters_sent()
         total = sum(parameter.numel() for parameter in self._model.parameters())
         log(
             INFO, "%s: %d of %d parameters travel (%.1f %%)", type(self).__name__, trained, total, 100 * trained / total
@@ -916,11 +920,12 @@ class FederatedStrategy(Strategy):
                 "rounds": self.state.server_round,
                 "final_accuracy": rows[-1]["accuracy"] if rows else None,
                 "best_accuracy": max(accuracies, default=None),
+                "clients": next((row["clients"] for row in reversed(rows) if row.get("clients")), {}),
                 "total_bytes_up": sum(row["bytes_up"] for row in rows),
                 "total_bytes_down": sum(row["bytes_down"] for row in rows),
                 "full_model_bytes": full_down,
                 "fedavg_bytes": asked * full_down + sum(row["clients_ok"] for row in rows) * full_up,
-                "trainable_parameters": sum(tensor.numel() for tensor in self.state.trainables.values()),
+                "trainable_parameters": self.parameters_sent(),
                 "model_parameters": sum(parameter.numel() for parameter in self._model.parameters()),
                 "seconds": round(sum(row["seconds"] for row in rows), 3),
                 "status": status,
