@@ -430,7 +430,7 @@ def read_order(message: Message) -> Order:
         root, lineage = _digest(header["root"]), _digest(header["lineage"])
         brain = set(header.get("bfloat16", ()))
         work = _work(dict(header.get("work", {})))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise WireError(f"the {HEADER!r} header lacks or mistypes {error}") from error
     if kind not in ("work", "entries", "base"):
         raise WireError(f"unknown kind of order {kind!r}")
@@ -552,10 +552,10 @@ def extras_bytes(content: RecordDict) -> int:
     return sum((len(extras) for extras in found if isinstance(extras, bytes)), 0)
 
 
-def clean_content(tensors: Mapping[str, Tensor], metrics: Mapping[str, Any], arrays_key: str) -> RecordDict:
-    """A judged reply as plain Flower would have it: Trainables (after training) and metrics, nothing else."""
+def clean_content(tensors: Mapping[str, Tensor] | None, metrics: Mapping[str, Any], arrays_key: str) -> RecordDict:
+    """A judged reply as plain Flower would have it: Trainables (None after evaluation) and metrics, nothing else."""
     records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
-    if tensors:
+    if tensors is not None:
         records[arrays_key] = to_record(tensors)
     return RecordDict({**records, METRICS: MetricRecord(dict(metrics))})
 

@@ -165,6 +165,10 @@ class AdaptedModel:
             self._parameters[name].requires_grad_(False)
         for key, parameter in self._values.items():
             parameter.requires_grad_(key in self._trained)
+        for layer in self.plan.adapted if self.layout.family == "lora" else ():
+            if _LEDGER in self._layers[layer.name].r:  # PEFT switches gradients on for whatever it activates
+                for part in _pair(layer, self._layers[layer.name], _LEDGER):
+                    part.requires_grad_(False)
 
     def train_only(self, keys: Sequence[str]) -> None:
         """Switch gradients on for these values, and off for all others."""
@@ -264,10 +268,6 @@ class AdaptedModel:
                 part.copy_(joined[key])
         self._activate()
         self._set_gradients()
-        if entries:
-            for layer in self.plan.adapted:
-                for part in _pair(layer, self._layers[layer.name], _LEDGER):
-                    part.requires_grad_(False)
 
     def watch_gradients(self) -> None:
         """Start watching which factorised layers get a gradient; see `layers_without_gradient`."""

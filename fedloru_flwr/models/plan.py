@@ -343,8 +343,16 @@ def plan_model(
     if form == "full":
         return plan_full(model)
     if form == "compressed":
-        layers = plan_adapter(model, rank, alpha, target_modules).layers
-        return replace(plan_full(model), layers=layers, form=form)
+        plan = plan_adapter(model, rank, alpha, target_modules, dense_leaves)
+        trained = {*plan.dense_leaves, *(layer.weight_key for layer in plan.layers)}
+        names = [name for name, _ in model.named_parameters()]
+        return replace(
+            plan,
+            dense_leaves=tuple(name for name in names if name in trained),
+            base=tuple(name for name in names if name not in trained),
+            scale=1.0,
+            form=form,
+        )
     plan = plan_adapter(model, rank, alpha, target_modules, dense_leaves)
     if form == "hadamard":
         odd = [layer.name for layer in plan.layers if layer.kind == "embedding" or layer.transposed]

@@ -53,6 +53,7 @@ SUMMARY_KEYS = (
     "rounds",
     "final_accuracy",
     "best_accuracy",
+    "clients",
     "total_bytes_up",
     "total_bytes_down",
     "full_model_bytes",

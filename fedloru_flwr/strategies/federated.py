@@ -96,7 +96,8 @@ class CommonOptions(TypedDict, total=False):
 class _Exchange:
     """What came of one phase of a round."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
         self.drawn: list[str] = []
         self.arrays_key = wire.ARRAYS
         self.work: dict[str, wire.Work] = {}
@@ -617,10 +618,10 @@ class FederatedStrategy(Strategy):
         spreads = spread([reply.metrics for _, reply in exchange.good.values()], without=counted)
         return metrics, {"asked": len(exchange.drawn), **spreads}
 
-    def _assign(self, client: str, server_round: int, half: wire.Half) -> wire.Work:
+    def _assign(self, client: str, half: wire.Half) -> wire.Work:
         """What a client is to do."""
         work = wire.Work(draw=self.state.draw, half=half, proximal_mu=self.proximal_mu, scaffold=self.scaffold)
-        if not self.ranks.uniform or self._roster.budget(client):
+        if not self.ranks.uniform or 0 < self._roster.budget(client) < self.settings.rank:
             work = replace(work, rank=self.ranks.of(client, self._roster.budget(client)))
         if self._keeps_client_state:
             counted = self._counted.get(client, 0)
@@ -641,7 +642,7 @@ class FederatedStrategy(Strategy):
         everybody: bool = False,
     ) -> _Exchange:
         """Send a phase's orders to drawn clients, serve those without the base, and judge what comes back."""
-        exchange = _Exchange()
+        exchange = _Exchange(phase)
         fraction = self.fraction_train if phase == "train" else self.fraction_evaluate
         fraction = 1.0 if everybody else fraction
         drawn = self._roster.draw(self.seed, phase, server_round, fraction, self._at_least[phase])
@@ -656,7 +657,13 @@ class FederatedStrategy(Strategy):
             self.observer.start_round(server_round, len(drawn))
         deadline = time.monotonic() + timeout
         half = self._half(server_round) if phase == "train" else "both"
-        exchange.work = {client: self._assign(client, server_round, half) for client in node_of}
+        if "ranks" in self.refused:
+            for client in list(node_of):
+                if 0 < (budget := self._roster.budget(client)) < self.settings.rank:
+                    told = f"it can train rank {budget} at most, this method needs rank {self.settings.rank}"
+                    exchange.failures[client] = told
+                    del node_of[client]
+        exchange.work = {client: self._assign(client, half) for client in node_of}
         records: dict[tuple[int, str], ArrayRecord] = {}
 
         def assign(client: str) -> tuple[wire.Work, ArrayRecord]:
@@ -673,7 +680,7 @@ class FederatedStrategy(Strategy):
         lineage = self.state.ledger.lineage
         likes: dict[tuple[int, str], dict[str, Tensor]] = {}
         answered = []
-        for client, node_id in drawn:
+        for client, node_id in node_of.items():
             work = exchange.work[client]
             if (work.rank, work.half) not in likes:
                 likes[work.rank, work.half] = self._reply_like(work) if trains else {}
@@ -704,7 +711,8 @@ class FederatedStrategy(Strategy):
     def _for_inner(self, exchange: _Exchange) -> list[Message]:
         """The good replies as plain Flower would have them."""
         for client, (message, reply) in exchange.good.items():
-            tensors = self._common_form(exchange.work[client], reply.tensors) if reply.tensors else {}
+            trained = exchange.phase == "train"
+            tensors = self._common_form(exchange.work[client], reply.tensors) if trained else None
             message.content = wire.clean_content(tensors, reply.metrics, exchange.arrays_key)
         return [message for message, _ in exchange.good.values()]
 
@@ -832,7 +840,7 @@ class FederatedStrategy(Strategy):
             "fraction_train": self.fraction_train,
             "min_train_nodes": self._at_least["train"],
             "weighted_by": self.settings.weighted_by,
-            "inner": [type(layer).__name__ for layer in self.inner.layers()],
+            "inner": self.inner.fingerprint,
         }
 
     def _open_run(self, result: Result) -> None:
@@ -882,7 +890,7 @@ class FederatedStrategy(Strategy):
         self.inner.write_state({name.removeprefix("inner/"): tensor for name, tensor in moments.items()}, keys)
         self._token = saved["token"]
         self._counted = dict(saved["counted"])
-        self._counted_before = [dict(saved["counted"])]
+        self._counted_before = [dict(counted) for counted in saved["counted_before"]]
         self._held = dict(saved["held"])
         self._enrolled = set(saved["enrolled"])
         self._evaluation_off = saved["evaluation_off"]
@@ -939,6 +947,8 @@ class FederatedStrategy(Strategy):
         state = self.state
         done = state.server_round
         tensors, ledger = state_to_checkpoint(state)
+        # What the checkpoint before this one refers to is kept by the clients: this one may turn out damaged.
+        before = [*self._counted_before, dict(self._counted)][-2:]
         moments = self.inner.read_state(list(state.trainables))
         tensors |= {f"inner/{name}": tensor for name, tensor in moments.items()}
         results = {
@@ -954,13 +964,13 @@ class FederatedStrategy(Strategy):
                 "held": self._held,
                 "token": self._token,
                 "counted": self._counted,
+                "counted_before": before,
                 "enrolled": sorted(self._enrolled),
                 "evaluation_off": self._evaluation_off,
                 **results,
             },
         )
-        # What the checkpoint before this one refers to is kept by the clients: this one may turn out damaged.
-        self._counted_before = [*self._counted_before, dict(self._counted)][-2:]
+        self._counted_before = before
 
 
 def _keys_of(layer: FactorisedLayer) -> tuple[str, ...]:

@@ -20,7 +20,10 @@ class FedSALoRA(LowRankStrategy):
     client_method = "fedsa-lora"
     accumulation = Accumulation(refused="every client has a product of its own")
     fixed_form = "a Hadamard product has no side that could be shared"
-    refused: ClassVar[Mapping[str, str]] = {"ranks": "averaging needs factors of one shape"}
+    refused: ClassVar[Mapping[str, str]] = {
+        "ranks": "averaging needs factors of one shape",
+        "scaffold": "a client's own B has no counterpart on the server that could correct it",
+    }
     has_global_model = False
 
     def _initial_state(self) -> ServerState:

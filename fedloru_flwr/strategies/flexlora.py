@@ -16,7 +16,7 @@ from fedloru_flwr import wire
 from fedloru_flwr.lowrank import Adapter, best_pair, product
 from fedloru_flwr.strategies.federated import Received
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
-from fedloru_flwr.strategies.state import Outcome, ServerState
+from fedloru_flwr.strategies.state import Outcome, ServerState, as_sent, fresh_factors
 
 
 class ProductStrategy(LowRankStrategy):
@@ -31,7 +31,7 @@ class ProductStrategy(LowRankStrategy):
 
     def _initial_products(self, state: ServerState) -> dict[str, Tensor]:
         """The products before round 1, by `FactorisedLayer.delta_key`."""
-        return {layer.delta_key: torch.zeros(layer.weight_shape) for layer in self.plan.layers}
+        return {layer.delta_key: torch.zeros_like(as_sent(state.base[layer.weight_key])) for layer in self.plan.layers}
 
     def _initial_state(self) -> ServerState:
         state = super()._initial_state()
@@ -51,7 +51,7 @@ class ProductStrategy(LowRankStrategy):
 
     def _reply_like(self, work: wire.Work) -> dict[str, Tensor]:
         dense = {key: self.state.trainables[key] for key in self.plan.dense_leaves}
-        return {**self.plan.fresh(self.seed, 0, work.rank or None), **dense}
+        return {**fresh_factors(self.state.base, self.plan, self.seed, 0, work.rank or None), **dense}
 
     def _common_form(self, work: wire.Work, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         products = {layer.delta_key: product(layer, tensors) for layer in self.plan.layers}

@@ -19,7 +19,7 @@ from fedloru_flwr.lowrank import Adapter, stacked
 from fedloru_flwr.lowrank.aggregation import shares
 from fedloru_flwr.strategies.federated import Received
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
-from fedloru_flwr.strategies.state import Outcome, ServerState
+from fedloru_flwr.strategies.state import Outcome, ServerState, fresh_factors
 
 
 class FLoRA(LowRankStrategy):
@@ -40,7 +40,8 @@ class FLoRA(LowRankStrategy):
         return replace(state, trainables={key: state.trainables[key] for key in self.plan.dense_leaves})
 
     def _reply_like(self, work: wire.Work) -> dict[str, Tensor]:
-        return {**self.plan.fresh(self.seed, 0, work.rank or None), **self.state.trainables}
+        factors = fresh_factors(self.state.base, self.plan, self.seed, 0, work.rank or None)
+        return {**factors, **self.state.trainables}
 
     def _common_form(self, work: wire.Work, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: tensors[key] for key in self.state.trainables}

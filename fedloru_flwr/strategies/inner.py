@@ -90,6 +90,7 @@ class InnerStrategy:
                     )
             wanted = [getattr(layer, f"min_{what}_nodes", 0) for what in ("train", "evaluate", "available")]
             self._at_least = max(self._at_least, *wanted)
+        self.fingerprint = [[type(layer).__name__, _options(layer)] for layer in self.layers()]
         innermost = self.layers()[-1]
         self.weighted_by: str = getattr(innermost, "weighted_by_key", "num-examples")
 
@@ -213,3 +214,8 @@ def server_optimizer(
     if name in adaptive:
         return adaptive[name](eta=learning_rate, beta_1=momentum, beta_2=second_momentum, tau=adaptivity, **common)
     return None
+
+
+def _options(strategy: Strategy) -> dict[str, Any]:
+    """The numbers a strategy was made with, to tell one from another."""
+    return {name: value for name, value in sorted(vars(strategy).items()) if isinstance(value, bool | int | float)}

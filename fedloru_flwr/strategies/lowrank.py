@@ -77,6 +77,8 @@ class LowRankStrategy(FederatedStrategy):
         options: tuple[tuple[str, float], ...] = (),
         **common: Unpack[CommonOptions],
     ) -> None:
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
         rank_map = RankMap(ranks, rank, num_clients=common.get("num_clients"), seed=seed)
         settings = wire.Settings(
             method=self.client_method,
@@ -91,6 +93,11 @@ class LowRankStrategy(FederatedStrategy):
             options=options,
         )
         schedule = self._schedule(accumulate_every, accumulate_at)
+        if settings.form == "hadamard" and accumulate_into == "stack" and schedule.accumulates:
+            raise ValueError(
+                f"{type(self).__name__} cannot hold accumulated Hadamard products beside W (PEFT's LoHa layers take no "
+                "second adapter of another rank): use accumulate_into='merge'"
+            )
         super().__init__(model, settings=settings, schedule=schedule, reinit=reinit, ranks=rank_map, **common)
 
     def _form(self, adapter: Family | None) -> Form:

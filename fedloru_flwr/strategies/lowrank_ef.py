@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedloru_flwr import wire
-from fedloru_flwr.lowrank import initial_factors, product
+from fedloru_flwr.lowrank import FactorisedLayer, initial_factors, product
 from fedloru_flwr.strategies.federated import Received
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
 from fedloru_flwr.strategies.state import Outcome
@@ -29,6 +29,7 @@ class LowRankEF(LowRankStrategy):
     accumulation = Accumulation(refused="its updates go into the model after every round as it is")
     fixed_form = "the compressed update is a pair"
     refused: ClassVar[Mapping[str, str]] = {
+        "scaffold": "control variates are of what is trained, all of it, and would undo the compression",
         "ranks": "it compresses every client's update to the same rank",
         "stack": "there are no accumulated entries to stack",
         "keep": "there is nothing to accumulate, hence no restart",
@@ -39,7 +40,9 @@ class LowRankEF(LowRankStrategy):
         return {key: value for key, value in self.state.trainables.items() if key not in compressed}
 
     def _reply_like(self, work: wire.Work) -> dict[str, Tensor]:
-        return {**initial_factors(self.plan.layers, self.seed, 0), **self._dense()}
+        pairs = initial_factors(self.plan.layers, self.seed, 0)
+        of = {key: self.state.trainables[layer.weight_key].dtype for layer in self.plan.layers for key in _keys(layer)}
+        return {**{key: value.to(of[key]) for key, value in pairs.items()}, **self._dense()}
 
     def _common_form(self, work: wire.Work, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         layer_of = {layer.weight_key: layer for layer in self.plan.layers}
@@ -49,8 +52,7 @@ class LowRankEF(LowRankStrategy):
         }
 
     def _adapter_of(self, received: Received) -> Mapping[str, Tensor]:
-        keys = [key for layer in self.plan.layers for key in (layer.a_key, layer.b_key)]
-        return {key: received.tensors[key] for key in keys}
+        return {key: received.tensors[key] for layer in self.plan.layers for key in _keys(layer)}
 
     def _settle(self, mean: Mapping[str, Tensor], replies: Sequence[Received]) -> Outcome:
         gained = {
@@ -58,3 +60,7 @@ class LowRankEF(LowRankStrategy):
             for layer in self.plan.layers
         }
         return Outcome(dict(mean), applied=gained)
+
+
+def _keys(layer: FactorisedLayer) -> tuple[str, str]:
+    return layer.a_key, layer.b_key

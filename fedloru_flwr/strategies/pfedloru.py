@@ -53,6 +53,8 @@ class PFedLoRU(LowRankStrategy):
                 "what all clients learn together"
             )
         rank, alpha = more.get("rank", 4), more.get("alpha", 4.0)
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
         own_rank = personal_rank or rank
         options = {
             "personal_rank": own_rank,

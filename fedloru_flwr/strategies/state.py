@@ -201,9 +201,11 @@ def merged_state_dict(state: ServerState, model: nn.Module, plan: AdapterPlan, s
     }
 
 
-def fresh_factors(base: Mapping[str, Tensor], plan: AdapterPlan, seed: int, draw: int) -> dict[str, Tensor]:
-    """Fresh factors in float32, of a float64 layer in float64."""
-    factors = plan.fresh(seed, draw)
+def fresh_factors(
+    base: Mapping[str, Tensor], plan: AdapterPlan, seed: int, draw: int, rank: int | None = None
+) -> dict[str, Tensor]:
+    """Fresh factors in float32, of a float64 layer in float64; by default of the layers' own rank."""
+    factors = plan.fresh(seed, draw, rank)
     for layer in plan.adapted:
         if base[layer.weight_key].dtype == torch.float64:
             its = [key for key in shared_keys(layer, plan.family) if key in factors]

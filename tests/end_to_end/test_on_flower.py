@@ -21,6 +21,7 @@ SETTINGS = {
     "norm": "batch",
     "model": "resnet10",
     "model-width": 8,
+    "batched": False,
 }
 
 
@@ -57,6 +58,24 @@ def test_neither_the_number_of_actors_nor_the_engine_changes_a_byte(into, output
     assert rows_of(runs[0]) == rows_of(runs[1]) == rows_of(runs[2])
     models = [(path / "model.safetensors").read_bytes() for path in runs]
     assert models[0] == models[1] == models[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [
+        ("pfedloru", {"local-epochs": 2}),
+        ("lowrank-ef", {"accumulate-every": 0}),
+        ("fedloru", {"scaffold": True, "server-optimizer": "fedadam", "server-learning-rate": 0.01}),
+        ("mfedloru", {"ranks": "4:0.5,1:0.5"}),
+    ],
+)
+def test_clients_own_state_and_ranks_are_the_same_on_ray_and_in_process(algorithm, more, output_dir, rows_of):
+    settings = {"algorithm": algorithm, "model": "cnn", "num-server-rounds": 4, "accumulate-every": 2, **more}
+    on_ray = run("ray", num_actors=2, **settings)
+    in_process = run("in-process", engine="in-process", **settings)
+    assert rows_of(on_ray) == rows_of(in_process)
+    assert (on_ray / "model.safetensors").read_bytes() == (in_process / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
