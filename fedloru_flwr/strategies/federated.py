@@ -263,6 +263,7 @@ class FederatedStrategy(Strategy):
         self._silent: set[str] = set()
         self._evaluation_off = False
         self._just_accumulated = False
+        self._inner_options = self.inner.options()
         self._errors: dict[str, float] = {}
         self._token = secrets.token_hex(8)
         self._counted: dict[str, int] = {}
@@ -840,7 +841,8 @@ class FederatedStrategy(Strategy):
             "fraction_train": self.fraction_train,
             "min_train_nodes": self._at_least["train"],
             "weighted_by": self.settings.weighted_by,
-            "inner": self.inner.fingerprint,
+            "inner": [type(layer).__name__ for layer in self.inner.layers()],
+            "inner_options": self._inner_options,
         }
 
     def _open_run(self, result: Result) -> None:

@@ -90,9 +90,20 @@ class InnerStrategy:
                     )
             wanted = [getattr(layer, f"min_{what}_nodes", 0) for what in ("train", "evaluate", "available")]
             self._at_least = max(self._at_least, *wanted)
-        self.fingerprint = [[type(layer).__name__, _options(layer)] for layer in self.layers()]
         innermost = self.layers()[-1]
         self.weighted_by: str = getattr(innermost, "weighted_by_key", "num-examples")
+
+    def options(self) -> list[dict[str, int | float]]:
+        """The numbers that the strategy and what it wraps were made with, to tell one from another."""
+        sampling = ("min_", "fraction_")
+        return [
+            {
+                name: value
+                for name, value in sorted(vars(layer).items())
+                if isinstance(value, int | float) and not name.startswith(sampling)
+            }
+            for layer in self.layers()
+        ]
 
     def layers(self) -> list[Strategy]:
         """The strategy and what it wraps, outermost first."""
@@ -214,8 +225,3 @@ def server_optimizer(
     if name in adaptive:
         return adaptive[name](eta=learning_rate, beta_1=momentum, beta_2=second_momentum, tau=adaptivity, **common)
     return None
-
-
-def _options(strategy: Strategy) -> dict[str, Any]:
-    """The numbers a strategy was made with, to tell one from another."""
-    return {name: value for name, value in sorted(vars(strategy).items()) if isinstance(value, bool | int | float)}

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Unpack
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import AccumulationSchedule
 from fedloru_flwr.lowrank.forms import Family, Form
-from fedloru_flwr.models.plan import TargetModules, as_names
+from fedloru_flwr.models.plan import PlanError, TargetModules, as_names
 from fedloru_flwr.strategies.federated import CommonOptions, FederatedStrategy, ModelSource
 from fedloru_flwr.strategies.ranks import RankMap
 from fedloru_flwr.strategies.state import Reinit
@@ -78,7 +78,7 @@ class LowRankStrategy(FederatedStrategy):
         **common: Unpack[CommonOptions],
     ) -> None:
         if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
+            raise PlanError(f"rank must be at least 1, got {rank}")
         rank_map = RankMap(ranks, rank, num_clients=common.get("num_clients"), seed=seed)
         settings = wire.Settings(
             method=self.client_method,

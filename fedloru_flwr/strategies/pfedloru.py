@@ -7,6 +7,7 @@ and accumulated as in FedLoRU; the personal pair never leaves the client. What t
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from fedloru_flwr.models.plan import PlanError
 from fedloru_flwr.strategies.federated import ModelSource
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
 
@@ -54,7 +55,7 @@ class PFedLoRU(LowRankStrategy):
             )
         rank, alpha = more.get("rank", 4), more.get("alpha", 4.0)
         if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
+            raise PlanError(f"rank must be at least 1, got {rank}")
         own_rank = personal_rank or rank
         options = {
             "personal_rank": own_rank,

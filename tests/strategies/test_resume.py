@@ -336,7 +336,7 @@ def test_metrics_of_any_kind_survive_in_the_result(tmp_path):
 
 
 # One life of a run for each line on standard input: a fork, so that torch is imported once. It kills itself at a given
-# flush, which comes when a file has its new content under a temporary name, or its new name, or a line is written.
+# flush or rename: when a file has its new content under a temporary name, or its new name, or a line is written.
 SERVANT = """
 import os, signal, sys, traceback
 sys.path.insert(0, sys.argv[1])
@@ -356,6 +356,11 @@ def life(directory, last):
         if flushes == last:
             os.kill(os.getpid(), signal.SIGKILL)
     os.fsync = fsync
+    replace = Path.replace
+    def renamed(path, target):
+        fsync(None)
+        return replace(path, target)
+    Path.replace = renamed
     test_resume.run(directory, resume="auto", kill_at=-1)
     (directory / "flushes").write_text(str(flushes))
 
