@@ -25,7 +25,11 @@ def enrol(message: Message, context: Context) -> Message:
     """Tell the server who this client is, and the largest rank it can train (``max-rank`` of its node config)."""
     version = importlib.metadata.version("fedloru-flwr")
     budget = context.node_config.get("max-rank", 0)
-    enrolment = wire.Enrolment(client_identity(context), version, budget if isinstance(budget, int) else 0)
+    try:
+        budget = int(budget)
+    except ValueError:
+        raise ValueError(f"max-rank = {budget!r} of this SuperNode's node config must be a whole number") from None
+    enrolment = wire.Enrolment(client_identity(context), version, budget)
     return Message(wire.enrolment_reply(message.content, enrolment), reply_to=message)
 
 

@@ -63,7 +63,10 @@ class RunConfig:
     num_clients: int = _setting(100, "clients K; a simulation has as many SuperNodes", low=1)
     fraction_train: float = _setting(0.5, "share C of the clients that train in a round", above=0, high=1)
     fraction_evaluate: float = _setting(
-        0.0, "share that evaluates on its own held-out data (at the end all do); 0 is never", low=0, high=1
+        0.0,
+        "share that evaluates on its own held-out data (at the end all do); 0: only personal models, at the end",
+        low=0,
+        high=1,
     )
     evaluate_every: int = _setting(1, "rounds between these evaluations", low=1)
     local_epochs: int = _setting(5, "epochs E of a client in a round", low=1)
@@ -97,7 +100,9 @@ class RunConfig:
     server_optimizer: str = _setting(
         "none", "what the server does with the mean", choices=("none", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
     )
-    server_learning_rate: float = _setting(1.0, "of the server's optimiser", above=0)
+    server_learning_rate: float = _setting(
+        0.0, "of the server's optimiser; 0 is 1 for fedavgm, 0.01 for the adaptive ones", low=0
+    )
     server_momentum: float = _setting(0.9, "of the server's optimiser (beta_1)", low=0, high=0.999999)
     server_second_momentum: float = _setting(0.99, "beta_2 of FedAdam and FedYogi", low=0, high=0.999999)
     server_adaptivity: float = _setting(0.001, "tau of FedAdam, FedYogi and FedAdagrad", above=0)
@@ -187,7 +192,33 @@ class RunConfig:
             if key in settings and key not in free and settings[key] != mine[key]
         }
 
+    def _check_method(self) -> None:
+        """Refuse settings that the method would ignore, and shares of epochs that make no sense."""
+        algorithm = ALGORITHMS[self.algorithm]
+        every_own = {name for other in ALGORITHMS.values() for name in other.own}
+        ignored = sorted(every_own - set(algorithm.own))
+        ignored += [] if algorithm.factorised else _OF_FACTORS
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in ignored:
+            if getattr(self, name) != defaults[name]:
+                takers = [key for key, other in ALGORITHMS.items() if name in other.own] or ["factor-based methods"]
+                raise ConfigError(
+                    f"{name_to_key(name)} = {getattr(self, name)!r} means nothing to algorithm = {self.algorithm!r}, "
+                    f"only to {', '.join(takers)}: leave it out"
+                )
+        if self.accumulate_every and self.accumulate_at:
+            raise ConfigError("accumulate-every and accumulate-at exclude each other: give one of them")
+        if self.algorithm == "pfedloru":
+            personal = self.personal_epochs or max(1, self.local_epochs // 4)
+            shared = self.global_epochs or self.local_epochs - personal
+            if shared <= personal:
+                raise ConfigError(
+                    f"pfedloru trains the global pair for more epochs than the personal one, but these settings give "
+                    f"{max(shared, 0)} and {personal}: raise local-epochs (to 3 at least) or global-epochs"
+                )
+
     def _check_together(self) -> None:
+        self._check_method()
         _ = self.accumulation_rounds, self.hidden_widths, self.sample_shape
         if not self.output_dir.strip():
             raise ConfigError("output-dir is empty: name a directory, '.' for the one at hand")
@@ -204,6 +235,9 @@ class RunConfig:
                 "dataset = 'clients' leaves the server without data: give input-shape and num-classes, so that it can "
                 "build the model"
             )
+
+
+_OF_FACTORS = ("adapter", "ranks", "accumulate_every", "accumulate_at", "reinit", "accumulate_into")
 
 
 def name_to_key(name: str) -> str:

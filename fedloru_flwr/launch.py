@@ -1,5 +1,6 @@
 """`fedloru run` as a Python function: settings in, summary out, whatever the engine."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -90,7 +91,11 @@ def run(
     summary = RunDirectory.open(path).read_summary()
     if summary is None:
         raise RunFailedError(f"the run ended without a summary; what it saved is in {path}")
-    shutil.rmtree(store, ignore_errors=True)
+    # The run may be continued with more rounds: what clients have of their own is kept, the rest can be sent again.
+    for part in ("bases", "entries", "clients"):
+        shutil.rmtree(store / part, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        store.rmdir()
     return {**summary, "run_dir": str(path)}
 
 

@@ -85,7 +85,7 @@ def test_the_papers_settings_run_on_a_stand_in(path, tmp_path):
         if "ranks" in settings:
             settings["ranks"] = "2:0.5,1:0.5"
         if settings["algorithm"] == "pfedloru":
-            settings["local-epochs"] = 2
+            settings["local-epochs"] = 3
         summary = launch.run(None, settings, engine="in-process")
         assert summary["status"] == "finished", method.name
         assert summary["total_bytes_up"] > 0

@@ -31,7 +31,8 @@ def test_the_readme_gives_the_real_keys_and_defaults():
             re.findall(r"`([^`]+)`", keys), re.findall(r"`([^`]*)`|(a time stamp)", values), strict=True
         ):
             shown = value[0].strip('"')
-            assert str(defaults[key]) == shown, key
+            default = defaults[key]
+            assert (str(default).lower() if isinstance(default, bool) else str(default)) == shown, key
 
 
 def test_every_link_of_the_documents_leads_somewhere():

@@ -16,7 +16,7 @@ from fedloru_flwr.models.layout import Layout, personal_keys
 
 
 class PFedLoRU(ClientMethod):
-    """Two pairs a layer; options ``personal_rank``, ``personal_scale``, ``global_share`` (of the epochs)."""
+    """Two pairs a layer; options ``personal_rank``, ``personal_scale``, ``global_epochs``, ``personal_epochs``."""
 
     keeps_state = True
 

@@ -106,7 +106,11 @@ class Together:
             first = contacts[indices[0]]
             model = self._functional(first, requests[indices[0]].model, first.method.layout(first.site))
             base = {**first.host.adapted.read_base(), **first.order.statistics}
-            results = train_cohort(model, base, [tasks[index] for index in indices], how, device)
+            try:
+                results = train_cohort(model, base, [tasks[index] for index in indices], how, device)
+            except Exception as error:  # such as too little memory; as if each client had met it
+                replies |= dict.fromkeys(indices, error)
+                continue
             for index, result in zip(indices, results, strict=True):
                 metrics = {"train_loss": result.loss, wire.NUM_EXAMPLES: len(tasks[index].samples)}
                 try:

@@ -112,6 +112,9 @@ class Record:
 def fingerprint(settings: Mapping[str, Scalar]) -> str:
     """Name what a run computes: equal for equal settings, whatever its directory."""
     told = {key: value for key, value in sorted(settings.items()) if key not in FREE}
+    path = Path(str(settings.get("ranks", "")))
+    if path.suffix in (".toml", ".json") and path.is_file():
+        told["ranks"] = path.read_text(encoding="utf-8", errors="replace")
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 

@@ -136,6 +136,15 @@ def has_product(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> bool:
     return any(all(key in adapter for key in of) for of in keys)
 
 
+def rank_bound(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> int:
+    """The largest rank that the adapter's product can have; 0 where it has none."""
+    if layer.delta_key in adapter:
+        return layer.max_rank
+    if layer.hadamard_keys[0] in adapter:
+        return int(min(adapter[layer.hadamard_keys[0]].shape[1] ** 2, layer.max_rank))
+    return int(min(adapter[layer.b_key].shape[1], layer.max_rank)) if layer.b_key in adapter else 0
+
+
 def product(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> Tensor:
     """Return the adapter's product (``B A`` of a pair) in the stored weight's shape, in float32 (float64 stays).
 

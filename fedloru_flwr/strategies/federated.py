@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fedloru_flwr import wire
 from fedloru_flwr.clients.method import client_method
 from fedloru_flwr.lowrank import AccumulationSchedule, FactorisedLayer, aggregation_error, digest_tensors, weighted_mean
-from fedloru_flwr.lowrank.factors import has_product
+from fedloru_flwr.lowrank.factors import has_product, rank_bound
 from fedloru_flwr.models.plan import build_seeded, plan_model
 from fedloru_flwr.runs import RunDirectory, round_line, versions
 from fedloru_flwr.strategies.inner import InnerStrategy, plain_average
@@ -161,6 +161,7 @@ class FederatedStrategy(Strategy):
     algorithm: ClassVar[str]
     refused: ClassVar[Mapping[str, str]] = {}
     has_global_model: ClassVar[bool] = True
+    has_personal_model: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -267,6 +268,7 @@ class FederatedStrategy(Strategy):
         self._errors: dict[str, float] = {}
         self._token = secrets.token_hex(8)
         self._counted: dict[str, int] = {}
+        self._examples: dict[str, float] = {}
         self._counted_before: list[dict[str, int]] = []
         self._result = Result()
         self._previous: dict[str, Any] | None = None
@@ -319,6 +321,14 @@ class FederatedStrategy(Strategy):
 
     def _refuse_combinations(self) -> None:
         """Refuse what makes no sense together, with the reason."""
+        drawn_every_round = self.schedule.every == 1 and self.reinit == "reset" and bool(self.plan.adapted)
+        for remembers, name in ((self.scaffold, "scaffold=True"), (self.inner.has_moments(), "a server optimiser")):
+            if remembers and drawn_every_round:
+                raise ValueError(
+                    f"{type(self).__name__} that accumulates every round cannot be combined with {name}: its factors "
+                    "are drawn anew every round, so that what is remembered of them is always zero; accumulate less "
+                    "often"
+                )
         asked = {
             "inner": None if self.inner.is_plain() else f"inner={type(self.inner.strategy).__name__}",
             "scaffold": "scaffold=True" if self.scaffold else None,
@@ -538,7 +548,8 @@ class FederatedStrategy(Strategy):
             statistics = weighted_mean(averaged, [reply.weight for reply in replies])
         before = self.state
         if outcome is not None and self.scaffold:
-            self._update_control([reply.extras for _, reply in exchange.good.values()])
+            self._examples |= {client: self._weight(reply) for client, (_, reply) in exchange.good.items()}
+            self._update_control({client: reply.extras for client, (_, reply) in exchange.good.items()})
         self.state = step(
             self.state,
             server_round,
@@ -581,27 +592,33 @@ class FederatedStrategy(Strategy):
             for layer, keys in parts.items()
         }
 
-    def _update_control(self, changes: Sequence[Mapping[str, Tensor]]) -> None:
-        """SCAFFOLD's ``c <- c + 1/K sum_k (c_k' - c_k)`` over the round's clients, ``K`` counting all of them."""
-        total = max(self.num_clients or len(self._roster), len(changes))
-        control = dict(self.state.control)
-        for name in changes[0]:
-            key = name.removeprefix(wire.CONTROL)
-            gained = sum((change[name] for change in changes), torch.zeros(())) / total
-            control[key] = control[key] + gained if key in control else gained
-        self.state = replace(self.state, control=control)
+    def _update_control(self, changes: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """SCAFFOLD's sum ``sum_k n_k c_k`` gains ``n_k (c_k' - c_k)`` of the round's clients."""
+        total = dict(self.state.control)
+        for client, change in changes.items():
+            for name, value in change.items():
+                key, gained = name.removeprefix(wire.CONTROL), self._examples[client] * value
+                total[key] = total[key] + gained if key in total else gained
+        self.state = replace(self.state, control=total)
 
     def _control(self, half: wire.Half) -> dict[str, Tensor]:
-        """``c`` of what is trained in a round, as it is sent."""
+        """``c = sum_k n_k c_k / sum_k n_k`` of what is trained in a round, as it is sent.
+
+        The paper weighs clients equally, in the model's mean as well; here both weigh by examples, so that the optimum
+        is that of the weighted objective. Clients not heard of yet have ``c_k = 0`` and count with the mean ``n_k``.
+        """
+        known = list(self._examples.values())
+        clients = max(self.num_clients or len(self._roster), len(known), 1)
+        whole = clients * sum(known) / len(known) if known else 1.0
         like = self._reply_like(wire.Work(half=half))
         zero = {key: torch.zeros_like(value) for key, value in like.items()}
-        return {f"{wire.CONTROL}{key}": self.state.control.get(key, zero[key]) for key in like}
+        return {f"{wire.CONTROL}{key}": self.state.control.get(key, zero[key]) / whole for key in like}
 
     def _evaluate(
         self, grid: Grid, server_round: int, config: ConfigRecord, timeout: float, last: bool
     ) -> tuple[MetricRecord | None, dict[str, Any]]:
         """Federated evaluation: the aggregated metrics; and how they spread over how many clients."""
-        off = self.fraction_evaluate == 0.0 and (self.has_global_model or not last)
+        off = self.fraction_evaluate == 0.0 and not (last and self.has_personal_model)
         if off or self._evaluation_off or not (last or server_round % self.evaluate_every == 0):
             return None, {}
         everybody = last and self._evaluate_all_at_end
@@ -753,12 +770,13 @@ class FederatedStrategy(Strategy):
     def _remember(self) -> None:
         """Note the state after a whole round."""
         moments = self.inner.read_state(list(self.state.trainables))
-        counted = dict(self._counted)
-        self._whole = (self.state, dict(self._held), set(self._enrolled), self._evaluation_off, counted, moments)
+        books = (dict(self._held), set(self._enrolled), dict(self._counted), dict(self._examples))
+        self._whole = (self.state, books, self._evaluation_off, moments)
 
     def _recall(self) -> None:
         """Go back to the state after the last whole round."""
-        self.state, self._held, self._enrolled, self._evaluation_off, self._counted, moments = self._whole
+        self.state, books, self._evaluation_off, moments = self._whole
+        self._held, self._enrolled, self._counted, self._examples = books
         self.inner.write_state(moments, list(self.state.trainables))
 
     def _record(
@@ -802,9 +820,12 @@ class FederatedStrategy(Strategy):
         self._previous = row
 
     def _accumulated_rank(self) -> int:
-        """The largest rank an accumulated update can have: ``r`` an entry, at most the layer's."""
-        version = self.state.ledger.version
-        return max((min(version * layer.rank, layer.max_rank) for layer in self.plan.layers), default=0)
+        """The largest rank an accumulated update can have: the sum of its entries' ranks, at most the layer's."""
+        entries = [entry.adapter for entry in self.state.ledger.entries]
+        return max(
+            (min(sum(rank_bound(layer, one) for one in entries), layer.max_rank) for layer in self.plan.layers),
+            default=0,
+        )
 
     def _load_initial(self, arrays: ArrayRecord) -> None:
         given = wire.to_tensors(arrays)
@@ -838,6 +859,7 @@ class FederatedStrategy(Strategy):
             "accumulate_into": self.settings.accumulate_into,
             "accumulate_every": self.schedule.every,
             "accumulate_at": sorted(self.schedule.at),
+            "num_clients": self.num_clients,
             "fraction_train": self.fraction_train,
             "min_train_nodes": self._at_least["train"],
             "weighted_by": self.settings.weighted_by,
@@ -892,6 +914,7 @@ class FederatedStrategy(Strategy):
         self.inner.write_state({name.removeprefix("inner/"): tensor for name, tensor in moments.items()}, keys)
         self._token = saved["token"]
         self._counted = dict(saved["counted"])
+        self._examples = dict(saved["examples"])
         self._counted_before = [dict(counted) for counted in saved["counted_before"]]
         self._held = dict(saved["held"])
         self._enrolled = set(saved["enrolled"])
@@ -967,6 +990,7 @@ class FederatedStrategy(Strategy):
                 "token": self._token,
                 "counted": self._counted,
                 "counted_before": before,
+                "examples": self._examples,
                 "enrolled": sorted(self._enrolled),
                 "evaluation_off": self._evaluation_off,
                 **results,

@@ -25,6 +25,7 @@ class FedSALoRA(LowRankStrategy):
         "scaffold": "a client's own B has no counterpart on the server that could correct it",
     }
     has_global_model = False
+    has_personal_model = True
 
     def _initial_state(self) -> ServerState:
         state = super()._initial_state()

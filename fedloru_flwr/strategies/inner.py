@@ -148,6 +148,10 @@ class InnerStrategy:
         """Whether it is a weighted mean and nothing else."""
         return len(self.layers()) == 1 and type(self.strategy).__name__ in ("FedAvg", "FedProx")
 
+    def has_moments(self) -> bool:
+        """Whether it remembers earlier rounds' means, as server optimisers do."""
+        return any(type(layer).__name__ in _MOMENTS for layer in self.layers())
+
     def keeps_unknown_state(self) -> str | None:
         """The name of a layer that carries state from round to round which `read_state` does not know, or None."""
         known = {*_STATELESS, *_MOMENTS}
@@ -211,11 +215,12 @@ def server_optimizer(
 
     Args:
         name: one of `SERVER_OPTIMIZERS`.
-        learning_rate: ``eta``.
+        learning_rate: ``eta``; 0 for 1 (FedAvgM) or 0.01 (the adaptive ones, whose step is about ``eta`` a number).
         momentum: ``beta_1``.
         second_momentum: ``beta_2`` of FedAdam and FedYogi.
         adaptivity: ``tau``, added to the root of the second moment.
     """
+    learning_rate = learning_rate or (1.0 if name == "fedavgm" else 0.01)
     common: dict[str, Any] = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
     if name == "fedavgm":
         return FedAvgM(server_learning_rate=learning_rate, server_momentum=momentum, **common)

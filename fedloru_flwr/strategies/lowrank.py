@@ -46,6 +46,7 @@ class LowRankStrategy(FederatedStrategy):
         dense_leaves: ``"all"``, ``"none"`` or names: what else is trained.
         seed: the run's seed.
         weighted_by_key: the metric that weighs a reply.
+        options: the method's own numbers, for its clients; subclasses set them.
         common: see `FederatedStrategy`.
 
     Raises:
@@ -101,13 +102,17 @@ class LowRankStrategy(FederatedStrategy):
         super().__init__(model, settings=settings, schedule=schedule, reinit=reinit, ranks=rank_map, **common)
 
     def _form(self, adapter: Family | None) -> Form:
-        if adapter in (None, "lora") and not (adapter == "lora" and self.form == "hadamard"):
-            return self.form
-        if adapter not in ("lora", "loha"):
+        if adapter not in (None, "lora", "loha"):
             raise ValueError(f"adapter = {adapter!r} is not known, expected 'lora' or 'loha'")
-        if adapter == "loha" and self.fixed_form:
+        if adapter == "lora" and self.form == "hadamard":
+            raise ValueError(
+                f"{type(self).__name__} cannot have adapter='lora': without Hadamard factors it is FedLoRA"
+            )
+        if adapter != "loha":
+            return self.form
+        if self.fixed_form:
             raise ValueError(f"{type(self).__name__} cannot have adapter='loha': {self.fixed_form}")
-        return "hadamard" if adapter == "loha" else "factors"
+        return "hadamard"
 
     def _schedule(self, every: int, at: Sequence[int] | str | None) -> AccumulationSchedule:
         if every < 0:

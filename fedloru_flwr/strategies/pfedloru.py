@@ -26,6 +26,7 @@ class PFedLoRU(LowRankStrategy):
 
     algorithm = "pfedloru"
     client_method = "pfedloru"
+    has_personal_model = True
     accumulation = Accumulation(every=10)
     fixed_form = "the personal pair is a LoRA pair beside a LoRA pair"
     refused: ClassVar[Mapping[str, str]] = {"ranks": "averaging needs factors of one shape"}
@@ -64,3 +65,6 @@ class PFedLoRU(LowRankStrategy):
             "personal_epochs": personal_epochs,
         }
         super().__init__(model, options=tuple((name, float(value)) for name, value in options.items()), **more)
+        narrow = [layer.name for layer in self.plan.layers if layer.max_rank <= own_rank]
+        if narrow:
+            raise ValueError(f"personal_rank = {own_rank} is not below the dimensions of {narrow[0]}: lower it")

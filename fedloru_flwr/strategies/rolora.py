@@ -5,10 +5,11 @@ all clients, so that averaging the other averages the products exactly. Both hal
 the last round), one half comes up.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from fedloru_flwr import wire
+from fedloru_flwr.lowrank import AccumulationSchedule
 from fedloru_flwr.strategies.lowrank import LowRankStrategy
 
 
@@ -19,7 +20,12 @@ class RoLoRA(LowRankStrategy):
     fixed_form = "a Hadamard product has four parts; RoLoRA alternates between the two of a pair"
     refused: ClassVar[Mapping[str, str]] = {"ranks": "averaging needs factors of one shape"}
 
+    def _schedule(self, every: int, at: Sequence[int] | str | None) -> AccumulationSchedule:
+        if every == 1:
+            raise ValueError("RoLoRA cannot accumulate every round: it takes two to train both halves of a pair")
+        return super()._schedule(every, at)
+
     def _half(self, server_round: int) -> wire.Half:
         # B first, also after a restart: while it is zero, A gets no gradient.
-        first, _ = self.schedule.cycle(server_round, server_round)
+        first = 1 if self.reinit == "keep" else self.schedule.cycle(server_round, server_round)[0]
         return "b" if (server_round - first) % 2 == 0 else "a"

@@ -64,7 +64,7 @@ def test_neither_the_number_of_actors_nor_the_engine_changes_a_byte(into, output
 @pytest.mark.parametrize(
     ("algorithm", "more"),
     [
-        ("pfedloru", {"local-epochs": 2}),
+        ("pfedloru", {"local-epochs": 3}),
         ("lowrank-ef", {"accumulate-every": 0}),
         ("fedloru", {"scaffold": True, "server-optimizer": "fedadam", "server-learning-rate": 0.01}),
         ("mfedloru", {"ranks": "4:0.5,1:0.5"}),

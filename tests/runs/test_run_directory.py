@@ -15,6 +15,7 @@ SUMMARY = {
     "rounds": 2,
     "final_accuracy": 0.5,
     "best_accuracy": 0.75,
+    "clients": {},
     "total_bytes_up": 10,
     "total_bytes_down": 20,
     "full_model_bytes": 100,

@@ -44,6 +44,7 @@ class Reference:
         self.weights = [f"{layer}.weight" for layer in layers]
         self.dense = [name for name, _ in net().named_parameters() if name not in self.weights]
         self.draw, self.round, self.own, self.c, self.c_of = 0, 0, {}, {}, {}
+        self.sums, self.examples = {}, {}
         self.begin()
 
     def begin(self):
@@ -56,7 +57,7 @@ class Reference:
             shares = [count / sum(examples) for count in examples]
             replies = [self.client(client) for client in clients]
             statistics = mean(shares, [reply.pop("statistics") for reply in replies])
-            self.update_control()
+            self.update_control(clients, examples)
             self.settle(shares, replies)
             self.state |= statistics
             if self.tau and self.round % self.tau == 0:
@@ -125,16 +126,22 @@ class Reference:
     def restart(self):
         self.draw += 1
         self.factors = {key: value for key, value in self.fresh(self.draw, None).items() if key in self.factors}
-        for of in (self.c, *self.c_of.values()):
+        for of in (self.c, self.sums, *self.c_of.values()):
             for key in self.factors:
                 of.pop(key, None)
         if self.more.get("server"):
             self.more["server"].forget(self.factors)
 
-    def update_control(self):
-        for change in self.changes if self.more.get("total") else ():
+    def update_control(self, clients, examples):
+        """``c = sum_k n_k c_k / sum_k n_k``; those not seen yet have zero, and the mean number of examples."""
+        if not self.more.get("total"):
+            return
+        self.examples |= dict(zip(clients, examples, strict=True))
+        for change, count in zip(self.changes, examples, strict=True):
             for key, value in change.items():
-                self.c[key] = self.c.get(key, 0.0) + value / self.more["total"]
+                self.sums[key] = self.sums.get(key, 0.0) + count * value
+        whole = self.more["total"] * sum(self.examples.values()) / len(self.examples)
+        self.c = {key: value / whole for key, value in self.sums.items()}
         self.changes = []
 
     @property

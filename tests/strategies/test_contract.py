@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from flwr.app import ArrayRecord
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvgM
+from torch import nn
 from torch.nn import functional
 from toy_federation import (
     ConvNet,
@@ -25,7 +27,7 @@ from toy_federation import (
 )
 
 from fedloru_flwr import strategies
-from fedloru_flwr.clients import session
+from fedloru_flwr.clients import LowRankSession, session
 from fedloru_flwr.models.plan import PlanError
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.runs import RunDirectory
@@ -508,6 +510,8 @@ def reason(algorithm, what):
         reasons |= {"loha": strategy.fixed_form, "accumulate": strategy.accumulation.refused}
         reasons["accumulate at"] = reasons["accumulate"]
         reasons["accumulate and stack"] = reasons["accumulate"]
+        if strategy.accumulation.every == 1:
+            reasons |= dict.fromkeys(("inner", "scaffold"), "its factors are drawn anew every round")
     reasons["everything of clients"] = reasons.get("scaffold")
     return reasons.get(what)
 
@@ -651,3 +655,44 @@ def test_a_rank_that_is_not_positive_or_above_every_layer_is_refused(algorithm):
     for rank, told in ((0, "rank must be at least 1"), (-1, "rank must be at least 1"), (500, "at rank 500")):
         with pytest.raises(PlanError, match=told):
             make(algorithm, rank=rank, ranks=None, targets=None)
+
+
+def test_control_variates_make_the_optimum_that_of_the_weighted_objective():
+    """Two clients pull one number to 0 (9 examples) and to 1 (1 example): with or without SCAFFOLD it ends at 0.1."""
+
+    class One(nn.Module):
+        shape = (1,)
+
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.full((1,), 0.7))
+
+        def forward(self, x):
+            return self.w.expand(len(x))
+
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        low_rank = LowRankSession(One, message, context)
+        client = int(context.node_config["partition-id"])
+        optimizer = torch.optim.SGD(low_rank.model.parameters(), lr=0.2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = 0.5 * (low_rank.model(torch.zeros(1)) - float(client)).square().sum()
+            loss.backward()
+            optimizer.step()
+        return low_rank.reply({"train_loss": float(loss), "num-examples": (9, 1)[client]})
+
+    for scaffold in (False, True):
+        strategy = strategies.FedAvg(One, num_clients=2, fraction_evaluate=0.0, scaffold=scaffold)
+        federate(strategy, WatchedGrid(app, 2), 60)
+        torch.testing.assert_close(strategy.merged_state_dict()["w"], torch.tensor([0.1]), atol=1e-3, rtol=0.0)
+
+
+def test_rolora_needs_two_rounds_and_goes_on_alternating_where_factors_are_kept():
+    with pytest.raises(ValueError, match="takes two to train both halves"):
+        make("rolora", accumulate_every=1)
+    kept = make("rolora", accumulate_every=3, reinit="keep")
+    assert [kept._half(at) for at in range(1, 7)] == ["b", "a", "b", "a", "b", "a"]
+    assert [make("rolora", accumulate_every=3)._half(at) for at in range(1, 7)] == ["b", "a", "b", "b", "a", "b"]
