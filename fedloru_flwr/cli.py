@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from fedloru_flwr.config import ConfigError, parse_overrides
+from fedloru_flwr.config import parse_overrides
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -47,30 +47,23 @@ def run(
     if engine == "in-process":
         # Flower tells of each phase, which the round lines say as well; FLWR_LOG_LEVEL=INFO brings it back.
         os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")
-    settings: dict[str, object] = {}
-    try:
+
+    def work() -> tuple[str, ...]:
+        settings: dict[str, object] = {}
         for text in config or []:
             settings |= parse_overrides(text)
-        if engine not in launch.ENGINES:
-            raise ConfigError(f"engine = {engine!r} is not one of {', '.join(launch.ENGINES)}")
-        chosen: launch.Engine = "in-process" if engine == "in-process" else "flower"
         launch.run(
             conf,
             settings,
-            engine=chosen,
+            engine=launch.engine_named(engine),
             resume=resume,
             num_actors=num_actors,
             gpus_per_client=gpus_per_client,
             on_line=lambda line: print(line, flush=True),
         )
-    except ValueError as error:
-        _fail(error, 2)
-    except KeyboardInterrupt as interrupt:
-        _fail(f"interrupted; {interrupt}", 130)
-    except Exception as error:
-        if os.environ.get("FEDLORU_DEBUG"):
-            raise
-        _fail(error, 1)
+        return ()
+
+    _judge(work)
 
 
 @app.command()
@@ -90,10 +83,7 @@ def compare(
     from fedloru_flwr.compare import compare as run_comparison
 
     def work() -> tuple[str, ...]:
-        if engine not in launch.ENGINES:
-            raise ConfigError(f"engine = {engine!r} is not one of {', '.join(launch.ENGINES)}")
-        chosen: launch.Engine = "flower" if engine == "flower" else "in-process"
-        return run_comparison(conf, output_dir, engine=chosen, jobs=jobs).failures
+        return run_comparison(conf, output_dir, engine=launch.engine_named(engine), jobs=jobs).failures
 
     _judge(work)
 

@@ -5,7 +5,6 @@ help are declared here and nowhere else.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 import tomllib
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedloru_flwr.registry import ALGORITHMS
+from fedloru_flwr.suggest import did_you_mean
 
 Scalar = bool | int | float | str
 
@@ -152,7 +152,7 @@ class RunConfig:
         values: dict[str, Any] = {}
         for key, value in settings.items():
             if key not in fields:
-                raise ConfigError(f"unknown setting {key!r}{_did_you_mean(key, tuple(fields))}")
+                raise ConfigError(f"unknown setting {key!r}{did_you_mean(key, tuple(fields))}")
             values[fields[key].name] = _checked(key, value, fields[key])
         config = cls(**values)
         config._check_together()
@@ -245,20 +245,29 @@ def name_to_key(name: str) -> str:
     return name.replace("_", "-")
 
 
-def read_config_file(path: Path) -> dict[str, object]:
-    """Read a CONF.toml: a flat table of settings.
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
 
     Raises:
-        ConfigError: if the file is missing, is no TOML or has tables in it.
+        ConfigError: if the file is missing or is no TOML.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {path} cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"configuration file {path} is not TOML: {error}") from error
+
+
+def read_config_file(path: Path) -> dict[str, object]:
+    """Read a CONF.toml: a flat table of settings.
+
+    Raises:
+        ConfigError: if the file is missing, is no TOML or has tables in it.
+    """
+    content = read_toml(path)
     for key, value in content.items():
         if not isinstance(value, bool | int | float | str):
             raise ConfigError(f"{path}: {key!r} must be a plain value, got a {type(value).__name__}; settings are flat")
@@ -299,11 +308,6 @@ def _integers(key: str, text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _did_you_mean(word: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _checked(key: str, value: object, setting: "dataclasses.Field[Any]") -> Scalar:
     wanted = type(setting.default)
     if wanted is float and type(value) is int:
@@ -318,7 +322,7 @@ def _checked(key: str, value: object, setting: "dataclasses.Field[Any]") -> Scal
     if isinstance(value, str):
         if bounds["choices"] and value not in bounds["choices"]:
             choices = bounds["choices"]
-            raise ConfigError(f"{key} = {value!r} is not one of {', '.join(choices)}{_did_you_mean(value, choices)}")
+            raise ConfigError(f"{key} = {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
         return value
     too_low = value < bounds["low"] or (bounds["above"] is not None and value <= bounds["above"])
     if not math.isfinite(value) or too_low or value > bounds["high"]:

@@ -9,13 +9,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fedloru_flwr.config import ConfigError, RunConfig, read_config_file
 from fedloru_flwr.runs import RunDirectory
+from fedloru_flwr.suggest import did_you_mean
 
 Engine = Literal["flower", "in-process"]
-ENGINES: tuple[Engine, ...] = ("flower", "in-process")
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+
+def engine_named(name: str) -> Engine:
+    """The engine of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for engine in ENGINES:
+        if engine == name:
+            return engine
+    raise ConfigError(f"engine = {name!r} is not one of {', '.join(ENGINES)}{did_you_mean(name, ENGINES)}")
 
 
 class RunFailedError(RuntimeError):
@@ -60,8 +73,7 @@ def run(
         raise ConfigError(
             "dataset = 'clients' is for a deployment, whose SuperNodes have data; this would simulate them"
         )
-    if engine not in ENGINES:
-        raise ValueError(f"engine = {engine!r} is not one of {', '.join(ENGINES)}")
+    engine_named(engine)
     if num_actors is not None and num_actors < 1:
         raise ValueError(f"num-actors must be at least 1, got {num_actors}")
     with _private_matplotlib():

@@ -20,7 +20,7 @@ from fedloru_flwr.compare.runner import Interrupted, Runner
 from fedloru_flwr.compare.spec import Spec, read_spec
 from fedloru_flwr.compare.table import as_csv, failures, markdown, timing_csv
 from fedloru_flwr.config import ConfigError
-from fedloru_flwr.launch import ENGINES, Engine
+from fedloru_flwr.launch import Engine, engine_named
 
 StrPath = str | os.PathLike[str]
 
@@ -66,8 +66,7 @@ def compare(
     """
     path = Path(conf)
     spec = read_spec(path)
-    if engine not in ENGINES:
-        raise ConfigError(f"engine = {engine!r} is not one of {', '.join(ENGINES)}")
+    engine_named(engine)
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     given = output_dir is not None

@@ -100,6 +100,7 @@ class Planner:
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
+        self._pinned = [axis for axis in spec.axes if axis in spec.tuning.settings]
         self._known: dict[tuple[object, ...], Wanted] = {}
 
     def plan(self, results: Results) -> Plan:
@@ -143,7 +144,7 @@ class Planner:
             for values in candidates[len(scores) :]:
                 groups = [
                     [self._wanted(method, full, values, seed, tuning=True) for seed in tuning.seeds]
-                    for full in self._places(at)
+                    for full in self._tuned_at(at)
                 ]
                 needed = [run for group in groups for run in group]
                 runs += needed
@@ -163,6 +164,10 @@ class Planner:
             for number, (values, one) in enumerate(zip(candidates, scores, strict=True))
         )
         return Choice(method.name, at, tried, None if best is None else candidates[best], not missing), runs
+
+    def _tuned_at(self, at: Values) -> list[Values]:
+        """The combinations of all axes whose runs decide a choice at ``at``."""
+        return self._places({**at, **{axis: self._spec.tuning.settings[axis] for axis in self._pinned}})
 
     def _places(self, at: Values) -> list[Values]:
         """The combinations of all axes that a choice at ``at`` is for."""

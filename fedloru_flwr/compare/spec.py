@@ -1,16 +1,15 @@
 """What a comparison is: a CONF.toml of methods, axes, seeds and tuning grids, checked before anything runs."""
 
 import dataclasses
-import difflib
 import itertools
 import re
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fedloru_flwr.config import ConfigError, RunConfig, Scalar, name_to_key
+from fedloru_flwr.config import ConfigError, RunConfig, Scalar, name_to_key, read_toml
+from fedloru_flwr.suggest import did_you_mean
 
 By = Literal["final_accuracy", "best_accuracy", "personal_accuracy", "bytes_up_to_target"]
 BYS: tuple[By, ...] = get_args(By)
@@ -54,7 +53,7 @@ class Tuning:
     Attributes:
         seeds: the runs' seeds.
         by: what is best.
-        settings: over those of the runs that are judged.
+        settings: over those of the runs that are judged; of an axis: the one place on it where grids are decided.
         widen: go on beyond the edge of a numeric axis while the best is there.
         per: the axes for each of whose values a choice of its own is made.
     """
@@ -124,15 +123,7 @@ def read_spec(path: Path) -> Spec:
     Raises:
         ConfigError: names file, table, key, value and what is allowed.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no configuration file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file {path} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"configuration file {path} is not TOML: {error}") from error
-    return parse_spec(content, path.stem, str(path))
+    return parse_spec(read_toml(path), path.stem, str(path))
 
 
 def parse_spec(content: Mapping[str, Any], name: str, source: str) -> Spec:
@@ -169,7 +160,7 @@ class _Reader:
         reference = content.get("reference", methods[0].name)
         if reference not in tables:
             told = f"reference = {reference!r} is not a method: {', '.join(tables)}"
-            raise self._fault("", told + _did_you_mean(reference, tables))
+            raise self._fault("", told + did_you_mean(reference, tables))
         title = content.get("title", name)
         if not isinstance(title, str):
             raise self._fault("", f"title = {title!r} must be a text")
@@ -214,9 +205,11 @@ class _Reader:
     ) -> Tuning:
         content = self._table(table, "tuning")
         self._known(content, _TUNING, "tuning")
-        by, widen, per = content.get("by", BYS[0]), content.get("widen", True), content.get("per", list(axes))
+        settings = self._settings(content.get("settings", {}), "tuning.settings")
+        by, widen = content.get("by", BYS[0]), content.get("widen", True)
+        per = content.get("per", [axis for axis in axes if axis not in settings])
         if by not in BYS:
-            raise self._fault("tuning", f"by = {by!r} is not one of {', '.join(BYS)}{_did_you_mean(by, BYS)}")
+            raise self._fault("tuning", f"by = {by!r} is not one of {', '.join(BYS)}{did_you_mean(by, BYS)}")
         if not isinstance(widen, bool):
             raise self._fault("tuning", f"widen = {widen!r} must be true or false")
         if not isinstance(per, list):
@@ -224,9 +217,8 @@ class _Reader:
         for axis in per:
             if axis not in axes:
                 told = f"per names {axis!r}, which is no axis of [vary]: {', '.join(axes) or 'there are none'}"
-                raise self._fault("tuning", told + _did_you_mean(axis, axes))
-        settings = self._settings(content.get("settings", {}), "tuning.settings")
-        self._apart(settings, "tuning.settings", axes, "vary")
+                raise self._fault("tuning", told + did_you_mean(axis, axes))
+        self._apart(settings, "tuning.settings", per, "tuning.per")
         for method in methods:
             self._apart(settings, "tuning.settings", method.grid, f"methods.{method.name}.grid")
         chosen = self._seeds(content["seeds"], "tuning") if "seeds" in content else seeds[:1]
@@ -299,7 +291,7 @@ class _Reader:
             if key in content:
                 raise self._fault(where, f"{key} = {content[key]!r} cannot be set here: {why}")
 
-    def _apart(self, one: Mapping[str, Any], its: str, other: Mapping[str, Any], place: str) -> None:
+    def _apart(self, one: Mapping[str, Any], its: str, other: Container[str], place: str) -> None:
         for key in one:
             if key in other:
                 raise self._fault(its, f"{key} = {_shown(one[key])} stands in [{place}] too: give it in one of them")
@@ -312,7 +304,7 @@ class _Reader:
     def _known(self, content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
         for key in content:
             if key not in known:
-                raise self._fault(where, f"unknown key {key!r}{_did_you_mean(key, known)}")
+                raise self._fault(where, f"unknown key {key!r}{did_you_mean(key, known)}")
 
     def _fault(self, where: str, message: str) -> ConfigError:
         return ConfigError(f"{self._source}: [{where}] {message}" if where else f"{self._source}: {message}")
@@ -322,8 +314,3 @@ def _shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return repr(list(value)) if isinstance(value, tuple) else f"{value}"
-
-
-def _did_you_mean(word: object, known: Sequence[str] | Mapping[str, object]) -> str:
-    close: Iterator[str] = iter(difflib.get_close_matches(str(word), list(known), n=1))
-    return next((f"; did you mean {match!r}?" for match in close), "")

@@ -1,6 +1,5 @@
 """The built-in networks: a small CNN, a multilayer perceptron, CIFAR-style ResNets."""
 
-import difflib
 import itertools
 import math
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloru_flwr.lowrank import uniform
+from fedloru_flwr.suggest import did_you_mean
 
 Norm = Literal["group", "batch"]
 MODELS = ("cnn", "mlp", "resnet10", "resnet18")
@@ -180,9 +180,8 @@ class NetworkFactory:
 
     def __post_init__(self) -> None:
         if self.name not in MODELS:
-            close = difflib.get_close_matches(self.name, MODELS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"model = {self.name!r} is not known, expected one of {', '.join(MODELS)}{hint}")
+            told = f"model = {self.name!r} is not known, expected one of {', '.join(MODELS)}"
+            raise ValueError(told + did_you_mean(self.name, MODELS))
         if self.name != "mlp" and (len(self.input_shape) != 3 or min(self.input_shape[1:]) < 4):
             raise ValueError(
                 f"model = {self.name!r} takes images of shape (channels, height, width) with sides of at least 4, but "

@@ -150,6 +150,29 @@ def test_a_choice_is_made_for_each_value_of_the_axes_it_is_per():
     assert [plan.finals["a", number][0].choice["learning-rate"] for number in range(4)] == [0.1, 0.1, 0.2, 0.2]
 
 
+def test_a_choice_may_be_made_at_one_place_of_an_axis():
+    content = {
+        "methods": {"a": {"grid": {"learning-rate": [0.1, 0.2, 0.4]}}},
+        "vary": {"num-clients": [20, 100], "fraction-train": [0.5, 1.0]},
+        "tuning": {"settings": {"fraction-train": 0.25}, "widen": False, "seeds": [100]},
+    }
+    asked = []
+
+    def score(settings):
+        asked.append((settings["num-clients"], settings["fraction-train"], settings["seed"]))
+        best = {20: 0.1, 100: 0.4}[settings["num-clients"]]
+        return 0.9 if settings["learning-rate"] == best else 0.1
+
+    plan, _ = carry_out(Planner(spec(**content)), scored(score))
+    assert set(asked[:6]) == {(20, 0.25, 100), (100, 0.25, 100)}
+    assert [(choice.at, choice.values) for choice in plan.choices] == [
+        ({"num-clients": 20}, {"learning-rate": 0.1}),
+        ({"num-clients": 100}, {"learning-rate": 0.4}),
+    ]
+    assert [plan.finals["a", number][0].settings["fraction-train"] for number in range(4)] == [0.5, 1.0, 0.5, 1.0]
+    assert [plan.finals["a", number][0].choice["learning-rate"] for number in range(4)] == [0.1, 0.1, 0.4, 0.4]
+
+
 def test_bytes_to_the_target_count_where_they_are_asked_for():
     content = {
         "methods": {"a": {"grid": {"rank": [2, 4, 8]}}},

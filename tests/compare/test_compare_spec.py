@@ -117,6 +117,10 @@ FAULTS = {
         changed("{ num-server-rounds = 6 }", "{ learning-rate = 0.1 }"),
         "[tuning.settings] learning-rate = 0.1 stands in [methods.fedloru.grid] too",
     ),
+    "both an axis to choose for and of tuning": (
+        changed("{ num-server-rounds = 6 }", "{ num-clients = 5 }"),
+        "[tuning.settings] num-clients = 5 stands in [tuning.per] too",
+    ),
     "no method": ("seeds = [0]\n", "there is no method"),
     "value of a method": (changed('algorithm = "fedavg"', "rank = 0"), "[methods.fedavg] rank = 0 must be at least 1"),
     "value on an axis": (
