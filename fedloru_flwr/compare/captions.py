@@ -32,8 +32,8 @@ AUTOMATIC_BUDGETS = _flowing(
 )
 TARGETS = _flowing(
     """
-    Charged until the mean over the seeds first reaches the target; MB are sent up by all clients together. The fewest
-    of a column are marked.
+    Charged until the mean over the seeds first reaches the target; MB are sent up by all clients together, or up and
+    down in all. The fewest of a column are marked.
     """
 )
 SPREAD = _flowing(

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from fedloru_flwr.compare import measures
 from fedloru_flwr.compare.measures import Curve, Metric, Stat
@@ -24,6 +25,19 @@ class AtBudget:
     value: Stat
     untrained: bool
     whole: bool
+
+
+class Reached(NamedTuple):
+    """When a curve first reached a target: the round, and the bytes that all clients together had exchanged by then."""
+
+    round: int
+    up: float
+    down: float
+
+    @property
+    def shown(self) -> tuple[float, float, float]:
+        """Round, bytes up, bytes in all."""
+        return self.round, self.up, self.up + self.down
 
 
 class Judged:
@@ -89,11 +103,11 @@ class Judged:
             return None
         return AtBudget(line.values[at], line.up[at] == 0, at == len(line.up) - 1)
 
-    def reached(self, target: float, metric: Metric) -> tuple[int, float, float] | None:
-        """Round, bytes up and bytes down when the mean curve first reaches a target."""
+    def reached(self, target: float, metric: Metric) -> Reached | None:
+        """When the mean curve first reaches a target."""
         line = self.curve(metric)
         at = line.reaches(target)
-        return None if at is None else (line.rounds[at], line.up[at], line.down[at])
+        return None if at is None else Reached(line.rounds[at], line.up[at], line.down[at])
 
 
 class Comparison:

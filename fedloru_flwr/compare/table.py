@@ -152,7 +152,7 @@ def _budgets(comparison: Comparison, metric: Metric) -> list[Table]:
 
 def _targets(comparison: Comparison, metric: Metric) -> Table:
     name, targets = METRIC_NAMES[metric], comparison.results.targets
-    heads = [head for target in targets for head in (f"rounds to {target:g}", f"MB up to {target:g}")]
+    heads = [f"{what} to {target:g}" for target in targets for what in ("rounds", "MB up", "MB in all")]
     table = Table(
         f"Rounds and bytes to a target {name}",
         captions.TARGETS,
@@ -162,18 +162,20 @@ def _targets(comparison: Comparison, metric: Metric) -> Table:
         group = [one for one in group if one.curve(metric).values]
         reached = [[one.reached(target, metric) for one in group] for target in targets]
         fewest = [
-            [winners([None if at is None else at[part] for at in column], low=True) for part in (0, 1)]
+            [winners([None if at is None else at.shown[part] for at in column], low=True) for part in range(3)]
             for column in reached
         ]
         rows = []
         for index, one in enumerate(group):
             cells = [Cell(one.label)]
-            for column, (rounds, spent) in zip(reached, fewest, strict=True):
+            for column, (rounds, up, both) in zip(reached, fewest, strict=True):
                 at = column[index]
                 if at is None:
-                    cells += [Cell("not reached"), Cell(NONE)]
+                    cells += [Cell("not reached"), Cell(NONE), Cell(NONE)]
                 else:
-                    cells += [Cell(str(at[0]), index in rounds), Cell(_mb(at[1]), index in spent)]
+                    after, one_way, in_all = at.shown
+                    cells += [Cell(f"{after:g}", index in rounds), Cell(_mb(one_way), index in up)]
+                    cells.append(Cell(_mb(in_all), index in both))
             rows.append(cells)
         table.sections.append((describe(comparison.combinations[number]), rows))
     return table

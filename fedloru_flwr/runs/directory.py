@@ -186,7 +186,7 @@ class RunDirectory:
         missing = [key for key in SUMMARY_KEYS if key not in summary]
         if missing:
             raise ValueError(f"summary.json needs {', '.join(missing)}")
-        atomic.write_json(self.path / "summary.json", summary)
+        atomic.write_json(self.path / "summary.json", {**{key: summary[key] for key in SUMMARY_KEYS}, **summary})
 
     def read_summary(self) -> dict[str, Any] | None:
         """Return the summary, or None while the run has not ended."""

@@ -1,7 +1,8 @@
 """Server side: one algorithm a file."""
 
+from fedloru_flwr.strategies.books import ResumeError
 from fedloru_flwr.strategies.fedavg import FedAvg
-from fedloru_flwr.strategies.federated import FederatedStrategy, ResumeError
+from fedloru_flwr.strategies.federated import FederatedStrategy
 from fedloru_flwr.strategies.fedex_lora import FedExLoRA
 from fedloru_flwr.strategies.fedhm import FedHM
 from fedloru_flwr.strategies.fedlora import FedLoRA

@@ -7,16 +7,14 @@ returns as the truth, accumulate if due, evaluate, save.
 """
 
 import math
-import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Protocol, TypedDict
+from typing import Any, ClassVar, NoReturn, TypedDict
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -29,7 +27,8 @@ from fedloru_flwr.clients.method import client_method
 from fedloru_flwr.lowrank import AccumulationSchedule, FactorisedLayer, aggregation_error, digest_tensors, weighted_mean
 from fedloru_flwr.lowrank.factors import has_product, rank_bound
 from fedloru_flwr.models.plan import build_seeded, plan_model
-from fedloru_flwr.runs import RunDirectory, round_line, versions
+from fedloru_flwr.strategies import control
+from fedloru_flwr.strategies.books import Books, Memory, Observer, Snapshot
 from fedloru_flwr.strategies.inner import InnerStrategy, plain_average
 from fedloru_flwr.strategies.judging import Expected, Rejected, judge, reject_odd_metrics
 from fedloru_flwr.strategies.orders import Bill, Orders
@@ -43,27 +42,11 @@ from fedloru_flwr.strategies.state import (
     initial_state,
     merged_state_dict,
     state_from_checkpoint,
-    state_to_checkpoint,
     step,
 )
 
 ModelSource = Callable[[], nn.Module] | nn.Module
 EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
-_RESULTS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
-
-
-class ResumeError(ValueError):
-    """A run cannot be continued with these settings."""
-
-
-class Observer(Protocol):
-    """Told of a run's progress, for people."""
-
-    def start_round(self, server_round: int, num_clients: int) -> None:
-        """A round's messages go out to ``num_clients`` clients."""
-
-    def end_round(self, row: Mapping[str, Any]) -> None:
-        """A round has ended; ``row`` is what ``metrics.jsonl`` gets."""
 
 
 class CommonOptions(TypedDict, total=False):
@@ -248,31 +231,19 @@ class FederatedStrategy(Strategy):
         self._evaluate_all_at_end = evaluate_all_at_end
         self._measure_aggregation = measure_aggregation
         self.max_failure_fraction = max_failure_fraction
-        self.observer = observer
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self._at_least = {"train": min_train_nodes, "evaluate": min_evaluate_nodes}
         self._min_available = min_available_nodes
         self._enrol = enrol
-        self._run_dir = Path(run_dir) if run_dir else None
-        self._resume = resume
-        self._run: RunDirectory | None = None
+        self.books = Books(run_dir, resume, observer)
         self._bill = Bill()
         self._roster = Roster()
-        self._held: dict[str, str] = {}
-        self._enrolled: set[str] = set()
+        self._memory = Memory()
         self._silent: set[str] = set()
-        self._evaluation_off = False
         self._just_accumulated = False
         self._inner_options = self.inner.options()
         self._errors: dict[str, float] = {}
-        self._token = secrets.token_hex(8)
-        self._counted: dict[str, int] = {}
-        self._examples: dict[str, float] = {}
-        self._counted_before: list[dict[str, int]] = []
-        self._result = Result()
-        self._previous: dict[str, Any] | None = None
-        self._first_round = 0
         self.state = self._initial_state()
         self._root_base = self.state.base
         for note in self.plan.notes:
@@ -417,10 +388,11 @@ class FederatedStrategy(Strategy):
             raise ValueError(f"num_rounds must be at least 1, got {num_rounds}")
         self._load_initial(initial_arrays)
         self.summary()
-        result = self._result = Result(arrays=self.initial_arrays())
+        result = self.books.result
+        result.arrays = self.initial_arrays()
         if self.state.server_round > 0:
             raise RuntimeError("this strategy has run already: build a new one, or continue its run with resume")
-        self._open_run(result)
+        self._open_run()
         self._remember()
         try:
             self._rounds(grid, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
@@ -428,7 +400,7 @@ class FederatedStrategy(Strategy):
             # Whatever happened in the middle of a round: what is left is the state after the last whole one.
             self._recall()
             if self.state.server_round > 0:
-                self._checkpoint()
+                self.books.checkpoint(self._whole, self._fingerprint())
             self._close_run("failed" if isinstance(error, Exception) else "interrupted")
             raise
         self._close_run("finished")
@@ -443,7 +415,7 @@ class FederatedStrategy(Strategy):
         evaluate_config: ConfigRecord | None,
         evaluate_fn: EvaluateFunction | None,
     ) -> None:
-        result = self._result
+        result = self.books.result
         started = time.monotonic()
         if not any(self.schedule.due(t) for t in range(1, num_rounds + 1)) and self.schedule.accumulates:
             log(WARNING, "no accumulation falls into the %d rounds of this run", num_rounds)
@@ -479,7 +451,7 @@ class FederatedStrategy(Strategy):
             self._remember()
             self._stop_if_too_many_failed(server_round, exchange)
             if server_round % self.checkpoint_every == 0 or server_round == num_rounds or self._just_accumulated:
-                self._checkpoint()
+                self.books.checkpoint(self._whole, self._fingerprint())
 
     # --- Flower's hooks, which only a foreign wrapper would call --------------------------------------------------
 
@@ -522,9 +494,9 @@ class FederatedStrategy(Strategy):
 
     def _count_enrolment(self, client: str, query: Message, reply: Message | None) -> None:
         """Put a client's enrolment on the bill, once a run: asking again after a resume is not the run's cost."""
-        if client in self._enrolled:
+        if client in self._memory.enrolled:
             return
-        self._enrolled.add(client)
+        self._memory.enrolled.add(client)
         self._bill.message("down", "enrolment", query)
         if reply is not None:
             self._bill.message("up", "enrolment", reply)
@@ -548,8 +520,10 @@ class FederatedStrategy(Strategy):
             statistics = weighted_mean(averaged, [reply.weight for reply in replies])
         before = self.state
         if outcome is not None and self.scaffold:
-            self._examples |= {client: self._weight(reply) for client, (_, reply) in exchange.good.items()}
-            self._update_control({client: reply.extras for client, (_, reply) in exchange.good.items()})
+            self._memory.examples |= {client: self._weight(reply) for client, (_, reply) in exchange.good.items()}
+            changes = {client: reply.extras for client, (_, reply) in exchange.good.items()}
+            total = control.with_changes(self.state.control, changes, self._memory.examples)
+            self.state = replace(self.state, control=total)
         self.state = step(
             self.state,
             server_round,
@@ -564,7 +538,7 @@ class FederatedStrategy(Strategy):
             self.inner.restart(list(self.state.trainables), set(self.plan.factor_keys))
         self._just_accumulated = self.schedule.due(server_round) and self.state.ledger.version > before.ledger.version
         if outcome is not None:
-            self._counted |= dict.fromkeys(exchange.good, server_round)
+            self._memory.counted |= dict.fromkeys(exchange.good, server_round)
         silent = {layer for _, reply in exchange.good.values() for layer in reply.silent_layers} - self._silent
         if silent:
             self._silent |= silent
@@ -592,41 +566,24 @@ class FederatedStrategy(Strategy):
             for layer, keys in parts.items()
         }
 
-    def _update_control(self, changes: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """SCAFFOLD's sum ``sum_k n_k c_k`` gains ``n_k (c_k' - c_k)`` of the round's clients."""
-        total = dict(self.state.control)
-        for client, change in changes.items():
-            for name, value in change.items():
-                key, gained = name.removeprefix(wire.CONTROL), self._examples[client] * value
-                total[key] = total[key] + gained if key in total else gained
-        self.state = replace(self.state, control=total)
-
     def _control(self, half: wire.Half) -> dict[str, Tensor]:
-        """``c = sum_k n_k c_k / sum_k n_k`` of what is trained in a round, as it is sent.
-
-        The paper weighs clients equally, in the model's mean as well; here both weigh by examples, so that the optimum
-        is that of the weighted objective. Clients not heard of yet have ``c_k = 0`` and count with the mean ``n_k``.
-        """
-        known = list(self._examples.values())
-        clients = max(self.num_clients or len(self._roster), len(known), 1)
-        whole = clients * sum(known) / len(known) if known else 1.0
-        like = self._reply_like(wire.Work(half=half))
-        zero = {key: torch.zeros_like(value) for key, value in like.items()}
-        return {f"{wire.CONTROL}{key}": self.state.control.get(key, zero[key]) / whole for key in like}
+        """SCAFFOLD's ``c`` of what is trained in a round, as it is sent."""
+        clients = self.num_clients or len(self._roster)
+        return control.mean(self.state.control, self._memory.examples, clients, self._reply_like(wire.Work(half=half)))
 
     def _evaluate(
         self, grid: Grid, server_round: int, config: ConfigRecord, timeout: float, last: bool
     ) -> tuple[MetricRecord | None, dict[str, Any]]:
         """Federated evaluation: the aggregated metrics; and how they spread over how many clients."""
         off = self.fraction_evaluate == 0.0 and not (last and self.has_personal_model)
-        if off or self._evaluation_off or not (last or server_round % self.evaluate_every == 0):
+        if off or self._memory.evaluation_off or not (last or server_round % self.evaluate_every == 0):
             return None, {}
         everybody = last and self._evaluate_all_at_end
         exchange = self._exchange(grid, "evaluate", server_round, config, timeout, everybody=everybody)
         reasons = list(exchange.failures.values())
         if reasons and not exchange.good and all("No evaluate function registered" in reason for reason in reasons):
             log(WARNING, "the client app has no evaluate function: federated evaluation is off (fraction_evaluate=0)")
-            self._evaluation_off = True
+            self._memory.evaluation_off = True
             return None, {"asked": len(exchange.drawn)}
         for client, reason in exchange.failures.items():
             log(WARNING, "evaluation on client %s failed: %s", client, reason)
@@ -642,11 +599,9 @@ class FederatedStrategy(Strategy):
         if not self.ranks.uniform or 0 < self._roster.budget(client) < self.settings.rank:
             work = replace(work, rank=self.ranks.of(client, self._roster.budget(client)))
         if self._keeps_client_state:
-            counted = self._counted.get(client, 0)
-            safe = counted if self._run is None else 0
-            if len(self._counted_before) > 1:
-                safe = self._counted_before[0].get(client, 0)
-            work = replace(work, run=self._token, counted=counted, keep_from=safe)
+            counted = self._memory.counted.get(client, 0)
+            safe = self.books.keep_from(client, counted)
+            work = replace(work, run=self._memory.token, counted=counted, keep_from=safe)
         return work
 
     def _exchange(
@@ -671,8 +626,8 @@ class FederatedStrategy(Strategy):
             return exchange
         exchange.drawn = list(node_of)
         exchange.arrays_key = next(iter(template.array_records))
-        if phase == "train" and self.observer is not None:
-            self.observer.start_round(server_round, len(drawn))
+        if phase == "train":
+            self.books.start_round(server_round, len(drawn))
         deadline = time.monotonic() + timeout
         half = self._half(server_round) if phase == "train" else "both"
         if "ranks" in self.refused:
@@ -691,9 +646,9 @@ class FederatedStrategy(Strategy):
             return work, records[work.rank, work.half]
 
         trains = phase == "train"
-        control = self._control(half) if trains and self.scaffold else {}
-        extras = wire.extras_to_bytes(control)
-        orders = Orders(template, phase, self.state, self.settings, self._held, self._bill, assign, extras)
+        variates = self._control(half) if trains and self.scaffold else {}
+        extras = wire.extras_to_bytes(variates)
+        orders = Orders(template, phase, self.state, self.settings, self._memory.held, self._bill, assign, extras)
         replies = orders.deliver(grid, node_of, deadline)
         lineage = self.state.ledger.lineage
         likes: dict[tuple[int, str], dict[str, Tensor]] = {}
@@ -703,7 +658,7 @@ class FederatedStrategy(Strategy):
             if (work.rank, work.half) not in likes:
                 likes[work.rank, work.half] = self._reply_like(work) if trains else {}
             like = likes[work.rank, work.half] if trains else None
-            expected = Expected(lineage, like, self.state.statistics, control, self.settings.weighted_by)
+            expected = Expected(lineage, like, self.state.statistics, variates, self.settings.weighted_by)
             try:
                 if client not in replies:
                     raise Rejected(f"no reply within {timeout:.0f} s")
@@ -717,8 +672,8 @@ class FederatedStrategy(Strategy):
             exchange.good[reply.client] = (replies[client], reply)
         exchange.good = dict(sorted(exchange.good.items()))
         for client in answered:
-            self._held.pop(client, None)  # the name it went by until now
-        self._held |= dict.fromkeys(exchange.good, lineage)
+            self._memory.held.pop(client, None)  # the name it went by until now
+        self._memory.held |= dict.fromkeys(exchange.good, lineage)
         for client, odd in reject_odd_metrics(
             {name: reply.metrics for name, (_, reply) in exchange.good.items()}
         ).items():
@@ -770,13 +725,11 @@ class FederatedStrategy(Strategy):
     def _remember(self) -> None:
         """Note the state after a whole round."""
         moments = self.inner.read_state(list(self.state.trainables))
-        books = (dict(self._held), set(self._enrolled), dict(self._counted), dict(self._examples))
-        self._whole = (self.state, books, self._evaluation_off, moments)
+        self._whole = Snapshot(self.state, self._memory.copy(), moments)
 
     def _recall(self) -> None:
         """Go back to the state after the last whole round."""
-        self.state, books, self._evaluation_off, moments = self._whole
-        self._held, self._enrolled, self._counted, self._examples = books
+        self.state, self._memory, moments = self._whole
         self.inner.write_state(moments, list(self.state.trainables))
 
     def _record(
@@ -793,7 +746,7 @@ class FederatedStrategy(Strategy):
         if evaluate_fn is not None and self.has_global_model:
             central = evaluate_fn(server_round, wire.to_record(self.state.trainables))
         if central is not None:
-            self._result.evaluate_metrics_serverapp[server_round] = central
+            self.books.result.evaluate_metrics_serverapp[server_round] = central
             for name in ("accuracy", "loss"):
                 row[name] = central.get(name, row.get(name))
             others = {name: value for name, value in central.items() if name not in ("accuracy", "loss")}
@@ -809,15 +762,7 @@ class FederatedStrategy(Strategy):
             "accumulated_rank": self._accumulated_rank(),
             "seconds": round(time.monotonic() - (begun or started), 3),
         }
-        if self._run is not None:
-            self._run.append_round(row)
-        if self.observer is not None:
-            self.observer.end_round(row)
-        else:
-            elapsed = time.monotonic() - started
-            line = round_line(row, num_rounds, elapsed, previous=self._previous, first_round=self._first_round)
-            log(INFO, "%s", line)
-        self._previous = row
+        self.books.end_round(row, num_rounds, started)
 
     def _accumulated_rank(self) -> int:
         """The largest rank an accumulated update can have: the sum of its entries' ranks, at most the layer's."""
@@ -867,65 +812,18 @@ class FederatedStrategy(Strategy):
             "inner_options": self._inner_options,
         }
 
-    def _open_run(self, result: Result) -> None:
-        run_dir = self._run_dir
-        resume = self._resume
-        if resume not in (None, "", "auto"):
-            run_dir = Path(str(resume))
-        elif resume == "auto" and run_dir is None:
-            raise ResumeError("resume = 'auto' needs a run_dir to look into")
-        if run_dir is None:
-            return
-        if not (run_dir / "checkpoints").exists():
-            if resume not in (None, "", "auto"):
-                raise ResumeError(f"resume: {run_dir} holds no run to continue")
-            (run_dir / "checkpoints").mkdir(parents=True)
-        self._run = RunDirectory(run_dir)
-        if resume in (None, "") and self._run.read_rounds():
-            raise ResumeError(
-                f"run_dir {run_dir} holds a run already: choose another directory, or continue it with resume='auto'"
+    def _open_run(self) -> None:
+        """Open the run's books and, where it is continued, take up what they say."""
+        settings, root = self._fingerprint(), self.state.ledger.root
+        found = self.books.open(settings, root, self.inner.keeps_unknown_state())
+        if found is not None:
+            self.state = state_from_checkpoint(
+                found.server_round, found.tensors, found.saved, self._root_base, self.plan, self.seed
             )
-        if (found := self._run.latest_checkpoint()) is not None:
-            self._restore(*found, result)
-        else:
-            self._run.truncate_rounds(-1)  # killed before its first checkpoint
-        digests = {"root": self.state.ledger.root}
-        self._run.update_manifest(
-            {"strategy": self._fingerprint(), "seed": self.seed, "versions": versions(), "digests": digests}
-        )
-
-    def _restore(self, server_round: int, tensors: dict[str, Tensor], saved: dict[str, Any], result: Result) -> None:
-        assert self._run is not None
-        if stateful := self.inner.keeps_unknown_state():
-            raise ResumeError(
-                f"resume: the inner strategy {stateful} carries state from round to round, which checkpoints do not "
-                "hold; start a new run"
-            )
-        mine = self._fingerprint()
-        changed = [name for name in mine if saved["settings"].get(name) != mine[name]]
-        if changed:
-            told = "; ".join(f"{name} was {saved['settings'].get(name)!r}, is {mine[name]!r}" for name in changed)
-            raise ResumeError(f"resume: settings that change the result differ from the run's: {told}")
-        if saved["root"] != self.state.ledger.root:
-            raise ResumeError("resume: the model's initial weights are not those the run was started with")
-        self.state = state_from_checkpoint(server_round, tensors, saved, self._root_base, self.plan, self.seed)
-        moments = {name: tensor for name, tensor in tensors.items() if name.startswith("inner/")}
-        keys = list(self.state.trainables)
-        self.inner.write_state({name.removeprefix("inner/"): tensor for name, tensor in moments.items()}, keys)
-        self._token = saved["token"]
-        self._counted = dict(saved["counted"])
-        self._examples = dict(saved["examples"])
-        self._counted_before = [dict(counted) for counted in saved["counted_before"]]
-        self._held = dict(saved["held"])
-        self._enrolled = set(saved["enrolled"])
-        self._evaluation_off = saved["evaluation_off"]
-        self._run.truncate_rounds(server_round)
-        for name in _RESULTS:
-            getattr(result, name).update({int(key): MetricRecord(value) for key, value in saved[name].items()})
-        result.arrays = wire.to_record(self.state.trainables)
-        self._previous = next((row for row in self._run.read_rounds() if row["round"] == server_round), None)
-        self._first_round = server_round
-        log(INFO, "continuing after round %d", server_round)
+            self._memory = found.memory
+            self.inner.write_state(found.moments, list(self.state.trainables))
+            self.books.result.arrays = self.initial_arrays()
+        self.books.begin(settings, self.seed, root, found)
 
     def _full_bytes(self) -> tuple[int, int]:
         """What plain FedAvg would send down and up with one client a round: the whole state dict."""
@@ -935,68 +833,13 @@ class FederatedStrategy(Strategy):
         return down, wire.content_bytes(RecordDict({wire.ARRAYS: arrays, wire.METRICS: metrics}))
 
     def _close_run(self, status: str) -> None:
-        """Write the model, the picture and the summary."""
-        if self._run is None:
-            return
-        rows = self._run.read_rounds()
-        accuracies = [row["accuracy"] for row in rows if row["accuracy"] is not None]
-        full_down, full_up = self._full_bytes()
-        asked = sum(row["clients_ok"] + row["clients_failed"] + row.get("clients_evaluated", 0) for row in rows)
-        merged = self.merged_state_dict()
-        self._run.write_model(merged)
-        ledger = self.state.ledger
-        digests = {"root": ledger.root, "lineage": ledger.lineage, "model": digest_tensors(merged)}
-        self._run.update_manifest({"digests": digests})
-        self._run.write_summary(
-            {
-                "algorithm": self.algorithm,
-                "rounds": self.state.server_round,
-                "final_accuracy": rows[-1]["accuracy"] if rows else None,
-                "best_accuracy": max(accuracies, default=None),
-                "clients": next((row["clients"] for row in reversed(rows) if row.get("clients")), {}),
-                "total_bytes_up": sum(row["bytes_up"] for row in rows),
-                "total_bytes_down": sum(row["bytes_down"] for row in rows),
-                "full_model_bytes": full_down,
-                "fedavg_bytes": asked * full_down + sum(row["clients_ok"] for row in rows) * full_up,
-                "trainable_parameters": self.parameters_sent(),
-                "model_parameters": sum(parameter.numel() for parameter in self._model.parameters()),
-                "seconds": round(sum(row["seconds"] for row in rows), 3),
-                "status": status,
-            }
-        )
-        self._run.draw_curves()
-
-    def _checkpoint(self) -> None:
-        if self._run is None:
-            return
-        state = self.state
-        done = state.server_round
-        tensors, ledger = state_to_checkpoint(state)
-        # What the checkpoint before this one refers to is kept by the clients: this one may turn out damaged.
-        before = [*self._counted_before, dict(self._counted)][-2:]
-        moments = self.inner.read_state(list(state.trainables))
-        tensors |= {f"inner/{name}": tensor for name, tensor in moments.items()}
-        results = {
-            name: {str(key): dict(value) for key, value in getattr(self._result, name).items() if key <= done}
-            for name in _RESULTS
+        facts = {
+            "algorithm": self.algorithm,
+            "trainable_parameters": self.parameters_sent(),
+            "model_parameters": sum(parameter.numel() for parameter in self._model.parameters()),
+            "status": status,
         }
-        self._run.write_checkpoint(
-            state.server_round,
-            tensors,
-            {
-                "settings": self._fingerprint(),
-                **ledger,
-                "held": self._held,
-                "token": self._token,
-                "counted": self._counted,
-                "counted_before": before,
-                "examples": self._examples,
-                "enrolled": sorted(self._enrolled),
-                "evaluation_off": self._evaluation_off,
-                **results,
-            },
-        )
-        self._counted_before = before
+        self.books.close(self.state, self.merged_state_dict(), self._full_bytes(), facts)
 
 
 def _keys_of(layer: FactorisedLayer) -> tuple[str, ...]:

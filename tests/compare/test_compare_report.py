@@ -154,7 +154,7 @@ def test_the_tables_hold_the_numbers():
     assert "| num-clients = 10 | fedavg | 0.100 ± 0.000 ‡ | **0.900 ± 0.000 †** |" in lines
     assert "| num-clients = 10 | Low, rank 2 | **0.700 ± 0.000 †** | 0.700 ± 0.000 † |" in lines
     # The mean over the seeds is 0.45 after round 1.
-    assert "| num-clients = 10 | Low, rank 2 | 2 | **2.00** | not reached | - |" in lines
+    assert "| num-clients = 10 | Low, rank 2 | 2 | **2.00** | **2.00** | not reached | - | - |" in lines
     assert "| num-clients = 10 | own | - | - | - | 0.800 | 0.050 | 0.500 |" in lines
     assert "| num-clients = 10 | fedavg | 0 | 0 | 0 |" in lines
     assert "| num-clients = 10 | Low, rank 2 | 0.3 | 0.1 | 0.5 |" in lines

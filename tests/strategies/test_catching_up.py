@@ -255,7 +255,7 @@ def test_a_client_that_comes_back_under_another_node_id_is_the_same_client(tmp_p
     strategy, reference = make(enrol=enrol), make(enrol=enrol)
     federate(strategy, grid, 5)
     assert [(row["clients_ok"], row["clients_failed"]) for row in grid.watch.rows] == [(4, 0)] * 5
-    assert set(strategy._held) == {"c0", "c1", "c2", "c3"}
+    assert set(strategy._memory.held) == {"c0", "c1", "c2", "c3"}
     orders = [p for p in grid.to(4) if p.kind == "work"]
     if enrol:
         assert [p.entries > 0 for p in orders] == [False, True], "it is known to hold the first entry, lacks the second"

@@ -97,7 +97,8 @@ def may(algorithm, what):
 def kept(strategy, store):
     """What every client holds of its own, of the round that counted last."""
     return {
-        client: Store(store).state(strategy._token, client, counted) for client, counted in strategy._counted.items()
+        client: Store(store).state(strategy._memory.token, client, counted)
+        for client, counted in strategy._memory.counted.items()
     }
 
 
@@ -350,7 +351,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, whole, variant, damage
             strategy = life(variant, tmp_path, resume="auto")
     else:
         strategy = life(variant, tmp_path, resume="auto")
-    assert strategy._counted == expected._counted
+    assert strategy._memory.counted == expected._memory.counted
     if variant == "flora, stack" and damage:
         # Clients are ahead of the server and are sent a base, on which they stack: the same function, not its bits.
         torch.testing.assert_close(strategy.merged_state_dict(), expected.merged_state_dict())
@@ -394,7 +395,7 @@ def test_a_reply_that_is_rejected_leaves_no_trace(tmp_path, variant):
         federate(strategy, grid, 4, store=tmp_path / name)
         assert [row["clients_failed"] for row in grid.watch.rows] == [0, 1, 0, 0]
         assert ("NaN" if name == "spoil" else "RuntimeError: no") in grid.watch.rows[1]["failures"]["1"]
-        assert strategy._counted == dict.fromkeys("0123", 4)
+        assert strategy._memory.counted == dict.fromkeys("0123", 4)
         ends.append((strategy, kept(strategy, tmp_path / name)))
     assert same(ends[0][0].merged_state_dict(), ends[1][0].merged_state_dict())
     assert same(dict(ends[0][0].state.trainables), dict(ends[1][0].state.trainables))

@@ -172,7 +172,7 @@ def test_a_client_that_claims_to_be_another_is_dropped():
     federate(strategy, grid, 3)
     assert [row["clients_ok"] for row in grid.watch.rows] == [4, 3, 4]
     assert grid.watch.rows[1]["failures"] == {BAD: "its SuperNode is client '1', and now says it is client '2'"}
-    assert set(strategy._held) == {"0", "1", "2", "3"}
+    assert set(strategy._memory.held) == {"0", "1", "2", "3"}
 
 
 def test_a_client_that_cannot_be_brought_to_the_lineage_is_dropped_and_says_so():

@@ -203,7 +203,10 @@ def test_an_algorithm_gives_the_numbers_of_its_plain_reference(name, tmp_path):
 
 def assert_own_states(strategy, reference, store):
     """What the clients keep is what the reference's clients keep: personal pairs, residuals, control variates."""
-    kept = {client: Store(store).state(strategy._token, client, at) for client, at in strategy._counted.items()}
+    kept = {
+        client: Store(store).state(strategy._memory.token, client, at)
+        for client, at in strategy._memory.counted.items()
+    }
     keeps = strategy.algorithm in ("pfedloru", "fedsa-lora", "lowrank-ef") or strategy.scaffold
     for client, own in reference.own.items():
         for key, value in own.items():

@@ -305,7 +305,7 @@ def test_provisional_names_that_are_other_clients_real_ones_do_not_mix_up_what_t
     grid = WatchedGrid(client_app(NET), 2, node_configs=configs)
     strategy = make(num_clients=2, accumulate_every=1)
     federate(strategy, grid, 3)
-    assert set(strategy._held) == {"0", "1"}
+    assert set(strategy._memory.held) == {"0", "1"}
     assert [[p.entries > 0 for p in grid.to(0, r)] for r in (1, 2, 3)] == [[False], [True], [True]]
     assert len({p.entries for p in grid.passed if p.entries}) == 1, "one entry each time, never two"
 
@@ -317,4 +317,4 @@ def test_the_names_clients_went_by_before_they_said_who_they_are_are_forgotten()
     strategy = make()
     federate(strategy, grid, 1)
     assert grid.watch.rows[0]["clients_ok"] == 4
-    assert strategy._held == dict.fromkeys(["c0", "c1", "c2", "c3"], strategy.state.ledger.lineage)
+    assert strategy._memory.held == dict.fromkeys(["c0", "c1", "c2", "c3"], strategy.state.ledger.lineage)

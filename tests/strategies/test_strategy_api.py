@@ -344,7 +344,7 @@ def test_initial_arrays_start_the_run_from_other_values():
     arrays["head.bias"] = torch.tensor([5.0, 6.0, 7.0], dtype=torch.float64)
     start = []
     grid = WatchedGrid(client_app(NET), 4)
-    strategy.observer = grid.watch
+    strategy.books.observer = grid.watch
 
     with task():
         strategy.start(

@@ -268,7 +268,7 @@ def task():
 
 def federate(strategy, grid, rounds, *, store=None, evaluate_fn=None, **arguments):
     """Run a strategy on a grid, with a store of its own, and return the result and the rows."""
-    strategy.observer = strategy.observer or grid.watch
+    strategy.books.observer = strategy.books.observer or grid.watch
     with tempfile.TemporaryDirectory() as temporary, task(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDLORU_STORE", str(store or temporary))
         return strategy.start(grid, strategy.initial_arrays(), rounds, evaluate_fn=evaluate_fn, **arguments)
