@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from formulas import effective
 from torch import nn
 from torch.func import functional_call
 
@@ -17,7 +18,7 @@ from fedloru_flwr.data import Samples
 from fedloru_flwr.models import NetworkFactory, plan_adapter, plan_full
 from fedloru_flwr.models.adapters import AdaptedModel
 from fedloru_flwr.models.functional import FunctionalModel
-from fedloru_flwr.models.layout import Layout, nested_keys, personal_keys, shapes, shared_keys
+from fedloru_flwr.models.layout import Layout, shapes
 
 CPU = torch.device("cpu")
 COUNTS = (9, 3, 17, 8, 1)  # with batches of 4: 3, 1, 5, 2 and 1 steps an epoch
@@ -171,29 +172,6 @@ def test_it_is_what_each_client_does_by_itself(name, optimisation, full, dtype):
         assert_same(result, adapted.read_trainables(), loss, TOLERANCE[dtype], loss_tolerance=1e-5)
         assert result.mean_gradients is None
         assert result.silent == ()
-
-
-def effective(plan, layout, values, base):
-    """The plain model's tensors, from the formulas of `layout`."""
-    tensors = {**base, **{name: values[name] for name in plan.dense_leaves}}
-    for layer in plan.layers:
-        own = [values[key] for key in shared_keys(layer, layout.family)]
-        if layout.family == "loha":
-            w1_a, w1_b, w2_a, w2_b = own
-            delta = (w1_a @ w1_b) * (w2_a @ w2_b)
-        else:
-            a, b = layer.as_matrices(*own)
-            if layout.nested_rank:
-                a_down, a_up, b_down, b_up = (values[key] for key in nested_keys(layer))
-                a = a + layout.nested_scale * a_down @ a_up.flatten(1)
-                b = b + layout.nested_scale * b_down.flatten(1) @ b_up
-            delta = b @ a
-        delta = layout.scale * delta
-        if layout.personal_rank:
-            a, b = layer.as_matrices(*(values[key] for key in personal_keys(layer)))
-            delta = delta + layout.personal_scale * b @ a
-        tensors[layer.weight_key] = tensors[layer.weight_key] + layer.as_weight(delta)
-    return tensors
 
 
 def alone(model, plan, layout, base, task, optimisation):

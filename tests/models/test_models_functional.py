@@ -3,17 +3,18 @@
 import copy
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pytest
 import torch
+from formulas import effective
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedloru_flwr.models import AdapterPlan, plan_adapter
 from fedloru_flwr.models.adapters import AdaptedModel
 from fedloru_flwr.models.functional import FunctionalModel
-from fedloru_flwr.models.layout import Layout, nested_keys, personal_keys, shapes, shared_keys
+from fedloru_flwr.models.layout import Layout, shapes
 
 CLIENTS = 3
 
@@ -89,29 +90,6 @@ def draw(plan: AdapterPlan, layout: Layout, model: nn.Module) -> dict[str, Tenso
     return values
 
 
-def effective(plan: AdapterPlan, layout: Layout, values: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The plain model's tensors with ``W + s B' A' + s_p B_p A_p``, from the formulas in `layout`."""
-    tensors = {**model.state_dict(), **{name: values[name] for name in plan.dense_leaves}}
-    for layer in plan.layers:
-        own = [values[key] for key in shared_keys(layer, layout.family)]
-        if layout.family == "loha":
-            w1_a, w1_b, w2_a, w2_b = own
-            delta = (w1_a @ w1_b) * (w2_a @ w2_b)
-        else:
-            a, b = layer.as_matrices(*own)
-            if layout.nested_rank:
-                a_down, a_up, b_down, b_up = (values[key] for key in nested_keys(layer))
-                a = a + layout.nested_scale * a_down @ a_up.flatten(1)
-                b = b + layout.nested_scale * b_down.flatten(1) @ b_up
-            delta = b @ a
-        delta = layout.scale * delta
-        if layout.personal_rank:
-            a, b = layer.as_matrices(*(values[key] for key in personal_keys(layer)))
-            delta = delta + layout.personal_scale * b @ a
-        tensors[layer.weight_key] = tensors[layer.weight_key] + layer.as_weight(delta)
-    return tensors
-
-
 LAYOUTS = {
     "pair": Layout(2, 1.5),
     "pair of another rank": Layout(3, 0.7),
@@ -139,7 +117,7 @@ def test_outputs_and_gradients_are_those_of_the_effective_weights(name: str, lay
     gradients = torch.autograd.grad((outputs * direction).sum(), tuple(values.values()))
     for client in range(CLIENTS):
         own = {key: value[client].detach().requires_grad_() for key, value in values.items()}
-        expected = functional_call(model, effective(plan, layout, own, model), (x[client],))
+        expected = functional_call(model, effective(plan, layout, own, model.state_dict()), (x[client],))
         torch.testing.assert_close(outputs[client], expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(functional.forward(own, base, x[client]), expected, rtol=1e-10, atol=1e-10)
         wanted = torch.autograd.grad((expected * direction[client]).sum(), tuple(own.values()))
@@ -183,7 +161,7 @@ def test_gpt2s_transposed_layer_is_factorised_too() -> None:
         outputs = functional.forward_clients(values, model.state_dict(), x)
         for client in range(CLIENTS):
             own = {key: value[client] for key, value in values.items()}
-            expected = functional_call(model, effective(plan, layout, own, model), (x[client],))
+            expected = functional_call(model, effective(plan, layout, own, model.state_dict()), (x[client],))
             torch.testing.assert_close(outputs[client], expected, rtol=1e-10, atol=1e-10)
 
 
