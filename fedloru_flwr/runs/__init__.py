@@ -1,5 +1,6 @@
 """A run on disk, in pictures and on the terminal."""
 
+from fedloru_flwr.runs.checkpoints import Checkpoint
 from fedloru_flwr.runs.console import RoundProgress, closing_table, round_line
 from fedloru_flwr.runs.curves import draw_curves
 from fedloru_flwr.runs.directory import (
@@ -14,6 +15,7 @@ from fedloru_flwr.runs.directory import (
 __all__ = [
     "ROUND_DEFAULTS",
     "SUMMARY_KEYS",
+    "Checkpoint",
     "OutputError",
     "RoundProgress",
     "RunDirectory",

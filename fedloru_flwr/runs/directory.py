@@ -5,7 +5,7 @@
     <output-dir>/latest -> <run-name>
     <output-dir>/<run-name>/
       manifest.json  metrics.jsonl  summary.json  model.safetensors  curves.png
-      checkpoints/round-000010.safetensors
+      checkpoints/round-000010.safetensors  checkpoints/parts/
 """
 
 from __future__ import annotations
@@ -14,23 +14,20 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fedloru_flwr import atomic
+from fedloru_flwr.runs.checkpoints import Checkpoint, Checkpoints
 
 LATEST = "latest"
 LATEST_TEXT = "latest.txt"  # where symbolic links are not possible
-CHECKPOINT_NAME = re.compile(r"round-(\d+)\.safetensors")
 
 # A row of metrics.jsonl: its keys in their order, and what is written for a key that is not given.
 ROUND_DEFAULTS: dict[str, Any] = {
@@ -78,6 +75,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._checkpoints = Checkpoints(path / "checkpoints")
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
@@ -197,51 +195,39 @@ class RunDirectory:
         atomic.write_tensors(self.path / "model.safetensors", state_dict, {"format": "pt"})
 
     def write_checkpoint(
-        self, server_round: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2
+        self,
+        server_round: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        parts: Mapping[str, Mapping[str, Tensor]] | None = None,
+        *,
+        keep: int = 2,
     ) -> Path:
         """Save what the run needs to go on after ``server_round``; return the file.
 
-        Only the last ``keep`` checkpoints up to this round stay. Those of later rounds belong to a course of the
-        run that has been abandoned, and go.
+        Only the last ``keep`` checkpoints up to this round stay, and the parts that they need. Those of later rounds
+        belong to a course of the run that has been abandoned, and go.
 
         Args:
             server_round: the round just finished.
             tensors: their order is kept.
             state: what JSON can hold, with strings as keys; NaN and infinity come back as they were.
+            parts: further tensors by a name for their content (letters and digits): a part that an earlier checkpoint
+                has brought is not written again.
             keep: at least 1.
         """
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
-        path = self.path / "checkpoints" / f"round-{server_round:06d}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        content = {"round": server_round, "names": list(tensors), "state": state}
-        atomic.write_tensors(path, tensors, {"checkpoint": json.dumps(content)})
-        atomic.remove_leftovers(path.parent)
-        saved = self._checkpoints()
-        kept = [saved_round for saved_round in saved if saved_round <= server_round][-keep:]
-        for saved_round, superseded in saved.items():
-            if saved_round not in kept:
-                superseded.unlink(missing_ok=True)
-        return path
+        return self._checkpoints.write(server_round, tensors, state, parts or {}, keep=keep)
 
-    def latest_checkpoint(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """Return round, tensors and state of the newest checkpoint that can be read, or None if there is none.
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """Return the newest checkpoint that can be read, or None if there is none.
 
         Raises:
             OutputError: there are checkpoints, but the disk has damaged all of them.
         """
-        saved = self._checkpoints()
-        for path in reversed(saved.values()):
-            try:
-                tensors, metadata = atomic.read_tensors(path)
-                content = json.loads(metadata["checkpoint"])
-                ordered = {name: tensors[name] for name in content["names"]}
-                return content["round"], ordered, content["state"]
-            except (SafetensorError, OSError, KeyError, ValueError) as error:
-                warnings.warn(f"checkpoint {path} cannot be read ({error}), taking the one before", stacklevel=2)
-        if saved:
-            raise OutputError(f"no checkpoint in {self.path / 'checkpoints'} can be read")
-        return None
+        try:
+            return self._checkpoints.newest()
+        except ValueError as error:
+            raise OutputError(str(error)) from error
 
     def draw_curves(self, full_model_bytes_per_round: float | None = None) -> Path:
         """Draw ``curves.png`` from the rows written so far; return the file.
@@ -261,14 +247,6 @@ class RunDirectory:
         path = self.path / "curves.png"
         draw_curves(rounds, summary.get("algorithm", ""), path, fedavg_bytes=fedavg_bytes)
         return path
-
-    def _checkpoints(self) -> dict[int, Path]:
-        """Return the checkpoint files by round, oldest first."""
-        found = {}
-        for path in (self.path / "checkpoints").glob("round-*.safetensors"):
-            if match := CHECKPOINT_NAME.fullmatch(path.name):
-                found[int(match[1])] = path
-        return dict(sorted(found.items()))
 
     def _read_object(self, name: str) -> dict[str, Any] | None:
         path = self.path / name

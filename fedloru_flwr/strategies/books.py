@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedloru_flwr.lowrank import digest_tensors
-from fedloru_flwr.runs import RunDirectory, round_line, versions
+from fedloru_flwr.runs import Checkpoint, RunDirectory, round_line, versions
 from fedloru_flwr.strategies.state import ServerState, state_to_checkpoint
 
 _RESULTS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
@@ -89,20 +89,16 @@ class Snapshot(NamedTuple):
     moments: Mapping[str, Tensor]
 
 
-class Checkpoint(NamedTuple):
-    """A checkpoint as it was found on disk.
+class Found(NamedTuple):
+    """What a run is continued from.
 
     Attributes:
-        server_round: after which it was written.
-        tensors: of the state; see `state_to_checkpoint`.
-        saved: the rest of the state.
+        checkpoint: as it was on disk; see `state_to_checkpoint`.
         memory: of the clients.
         moments: the inner strategy's, by name.
     """
 
-    server_round: int
-    tensors: Mapping[str, Tensor]
-    saved: Mapping[str, Any]
+    checkpoint: Checkpoint
     memory: Memory
     moments: Mapping[str, Tensor]
 
@@ -130,7 +126,7 @@ class Books:
         self._first_round = 0
         self.result = Result()
 
-    def open(self, settings: Mapping[str, Any], root: str, stateful: str | None) -> Checkpoint | None:
+    def open(self, settings: Mapping[str, Any], root: str, stateful: str | None) -> Found | None:
         """Open the run's directory and return where to continue, or None for a new run; nothing is changed yet.
 
         Args:
@@ -148,7 +144,7 @@ class Books:
         found = self._run.latest_checkpoint()
         if found is None:
             return None
-        server_round, tensors, saved = found
+        saved = found.state
         if stateful:
             raise ResumeError(
                 f"resume: the inner strategy {stateful} carries state from round to round, which checkpoints do not "
@@ -160,8 +156,8 @@ class Books:
             raise ResumeError(f"resume: settings that change the result differ from the run's: {told}")
         if saved["root"] != root:
             raise ResumeError("resume: the model's initial weights are not those the run was started with")
-        moments = {name.removeprefix(_INNER): one for name, one in tensors.items() if name.startswith(_INNER)}
-        return Checkpoint(server_round, tensors, saved, Memory.from_saved(saved["memory"]), moments)
+        moments = {name.removeprefix(_INNER): one for name, one in found.tensors.items() if name.startswith(_INNER)}
+        return Found(found, Memory.from_saved(saved["memory"]), moments)
 
     def _path(self) -> Path | None:
         if self._resume == "auto" and self._run_dir is None:
@@ -180,21 +176,22 @@ class Books:
             )
         return path
 
-    def begin(self, settings: Mapping[str, Any], seed: int, root: str, found: Checkpoint | None) -> None:
+    def begin(self, settings: Mapping[str, Any], seed: int, root: str, found: Found | None) -> None:
         """Write down what the run is; one that is continued goes back to the checkpoint ``found``."""
         if self._run is None:
             return
         # Without a checkpoint: killed before its first one.
-        self._run.truncate_rounds(-1 if found is None else found.server_round)
+        self._run.truncate_rounds(-1 if found is None else found.checkpoint.server_round)
         if found is not None:
-            self._counted_before = [dict(counted) for counted in found.saved["counted_before"]]
+            server_round, saved = found.checkpoint.server_round, found.checkpoint.state
+            self._counted_before = [dict(counted) for counted in saved["counted_before"]]
             for name in _RESULTS:
-                there = {int(key): MetricRecord(value) for key, value in found.saved[name].items()}
+                there = {int(key): MetricRecord(value) for key, value in saved[name].items()}
                 getattr(self.result, name).update(there)
-            self._first_round = found.server_round
+            self._first_round = server_round
             rows = self._run.read_rounds()
-            self._previous = next((row for row in rows if row["round"] == found.server_round), None)
-            log(INFO, "continuing after round %d", found.server_round)
+            self._previous = next((row for row in rows if row["round"] == server_round), None)
+            log(INFO, "continuing after round %d", server_round)
         self._run.update_manifest(
             {"strategy": settings, "seed": seed, "versions": versions(), "digests": {"root": root}}
         )
@@ -244,7 +241,7 @@ class Books:
         if self._run is None:
             return
         done = now.state.server_round
-        tensors, saved = state_to_checkpoint(now.state)
+        tensors, saved, entries = state_to_checkpoint(now.state)
         before = [*self._counted_before, dict(now.memory.counted)][-2:]
         results = {
             name: {str(key): dict(value) for key, value in getattr(self.result, name).items() if key <= done}
@@ -254,6 +251,7 @@ class Books:
             done,
             tensors | {f"{_INNER}{name}": tensor for name, tensor in now.moments.items()},
             {"settings": settings, **saved, "memory": now.memory.as_saved(), "counted_before": before, **results},
+            entries,
         )
         self._counted_before = before
 

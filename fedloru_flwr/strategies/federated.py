@@ -817,9 +817,7 @@ class FederatedStrategy(Strategy):
         settings, root = self._fingerprint(), self.state.ledger.root
         found = self.books.open(settings, root, self.inner.keeps_unknown_state())
         if found is not None:
-            self.state = state_from_checkpoint(
-                found.server_round, found.tensors, found.saved, self._root_base, self.plan, self.seed
-            )
+            self.state = state_from_checkpoint(found.checkpoint, self._root_base, self.plan, self.seed)
             self._memory = found.memory
             self.inner.write_state(found.moments, list(self.state.trainables))
             self.books.result.arrays = self.initial_arrays()

@@ -11,6 +11,7 @@ from fedloru_flwr.lowrank import Adapter, Entry, Ledger, digest_tensors, fold
 from fedloru_flwr.lowrank.factors import has_product
 from fedloru_flwr.models.layout import shared_keys
 from fedloru_flwr.models.plan import AdapterPlan, canonical_names, plain_state
+from fedloru_flwr.runs import Checkpoint
 
 Reinit = Literal["reset", "keep"]
 
@@ -132,25 +133,24 @@ def fold_all(base: Mapping[str, Tensor], entries: tuple[Entry, ...], plan: Adapt
     return folded
 
 
-def state_to_checkpoint(state: ServerState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A state as named tensors and what JSON can hold; not the base, which is ``W_0`` with the entries folded in."""
+def state_to_checkpoint(
+    state: ServerState,
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """A state as named tensors, what JSON can hold, and the ledger's entries by digest.
+
+    Not the base, which is ``W_0`` with the entries folded in.
+    """
     tensors = {f"trainables/{name}": tensor for name, tensor in state.trainables.items()}
     tensors |= {f"statistics/{name}": tensor for name, tensor in state.statistics.items()}
     tensors |= {f"control/{name}": tensor for name, tensor in state.control.items()}
-    for index, entry in enumerate(state.ledger.entries):
-        tensors |= {f"entries/{index}/{name}": tensor for name, tensor in entry.adapter.items()}
+    entries = {entry.digest: entry.adapter for entry in state.ledger.entries}
     links = [entry.link() for entry in state.ledger.entries]
     order = list(state.trainables)
-    return tensors, {"root": state.ledger.root, "entries": links, "draw": state.draw, "order": order}
+    return tensors, {"root": state.ledger.root, "entries": links, "draw": state.draw, "order": order}, entries
 
 
 def state_from_checkpoint(
-    server_round: int,
-    tensors: Mapping[str, Tensor],
-    saved: Mapping[str, Any],
-    root_base: Mapping[str, Tensor],
-    plan: AdapterPlan,
-    seed: int,
+    checkpoint: Checkpoint, root_base: Mapping[str, Tensor], plan: AdapterPlan, seed: int
 ) -> ServerState:
     """What `state_to_checkpoint` gave, with the entries folded into ``root_base``.
 
@@ -158,10 +158,12 @@ def state_from_checkpoint(
         ValueError: if an entry does not match its digest.
     """
 
+    server_round, tensors, saved, adapters = checkpoint
+
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    entries = tuple(Entry.linked(link, part(f"entries/{index}/")) for index, link in enumerate(saved["entries"]))
+    entries = tuple(Entry.linked(link, adapters[link["digest"]]) for link in saved["entries"])
     base = fold_all(root_base, entries, plan, seed)
     trainables = part("trainables/")
     return ServerState(

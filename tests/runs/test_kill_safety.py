@@ -76,7 +76,7 @@ def assert_everything_is_whole(run, known_round):
     if checkpoint is None:
         assert known_round == 0
         return 0
-    server_round, tensors, state = checkpoint
+    server_round, tensors, state, _ = checkpoint
     assert server_round >= known_round
     assert state == {"round": server_round}
     assert tensors["b"] == server_round

@@ -213,7 +213,7 @@ def test_a_checkpoint_comes_back_as_it_was(run):
     tensors = {"z": torch.ones(2), "a": torch.tensor(3), "m": torch.zeros(0, 2)}
     path = run.write_checkpoint(10, tensors, {"best": -math.inf, "ledger": ["d1", "d2"], "x": 0.1})
     assert path == run.path / "checkpoints" / "round-000010.safetensors"
-    server_round, read, state = run.latest_checkpoint()
+    server_round, read, state, _ = run.latest_checkpoint()
     assert server_round == 10
     assert list(read) == ["z", "a", "m"]
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
@@ -226,7 +226,7 @@ def test_the_last_checkpoints_are_kept(run):
     names = ["round-000003.safetensors", "round-1000000.safetensors"]
     assert names_in(run.path / "checkpoints") == names
     run.write_checkpoint(1_000_001, {}, {}, keep=1)
-    assert run.latest_checkpoint() == (1_000_001, {}, {})
+    assert run.latest_checkpoint() == (1_000_001, {}, {}, {})
     assert names_in(run.path / "checkpoints") == ["round-1000001.safetensors"]
     with pytest.raises(ValueError, match="at least 1, got 0"):
         run.write_checkpoint(1, {}, {}, keep=0)
@@ -253,6 +253,55 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run):
         pytest.raises(OutputError, match=r"no checkpoint in .* can be read"),
     ):
         run.latest_checkpoint()
+
+
+def test_a_bit_that_flips_in_a_checkpoint_is_noticed(run):
+    run.write_checkpoint(1, {"w": torch.ones(1)}, {})
+    damaged = run.write_checkpoint(2, {"w": torch.ones(1)}, {})
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.warns(UserWarning, match="does not match its digest"):
+        assert run.latest_checkpoint()[0] == 1
+
+
+def test_parts_are_written_once_and_come_back_in_order(run):
+    first, second = {"x": torch.ones(3)}, {"x": torch.zeros(3), "a": torch.ones(1)}
+    run.write_checkpoint(1, {}, {}, {"b1": first})
+    part = run.path / "checkpoints" / "parts" / "b1.safetensors"
+    written = part.stat().st_mtime_ns, part.stat().st_ino
+    run.write_checkpoint(2, {}, {}, {"b1": first, "a2": second})
+    assert (part.stat().st_mtime_ns, part.stat().st_ino) == written
+    parts = run.latest_checkpoint().parts
+    assert list(parts) == ["b1", "a2"]
+    assert torch.equal(parts["b1"]["x"], first["x"])
+    assert torch.equal(parts["a2"]["a"], second["a"])
+    with pytest.raises(ValueError, match=r"letters and digits only, got '\.\./x'"):
+        run.write_checkpoint(3, {}, {}, {"../x": first})
+
+
+def test_a_checkpoint_without_one_of_its_parts_gives_way_to_the_one_before(run):
+    run.write_checkpoint(1, {}, {}, {"b1": {"x": torch.ones(3)}})
+    run.write_checkpoint(2, {}, {}, {"b1": {"x": torch.ones(3)}, "b2": {"x": torch.ones(3)}})
+    part = run.path / "checkpoints" / "parts" / "b2.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-2] ^= 4
+    part.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"b2\.safetensors does not match its digest"):
+        assert run.latest_checkpoint()[0] == 1
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert run.latest_checkpoint()[0] == 1
+    run.write_checkpoint(2, {}, {}, {"b1": {"x": torch.ones(3)}, "b2": {"x": torch.ones(3)}})
+    assert run.latest_checkpoint()[0] == 2
+
+
+def test_parts_of_an_abandoned_course_go(run):
+    for server_round, parts in ((10, ["a"]), (20, ["a", "b"]), (15, ["a", "c"]), (16, ["a", "c"]), (17, ["a", "c"])):
+        run.write_checkpoint(server_round, {}, {}, {name: {"x": torch.ones(1)} for name in parts})
+        if server_round == 15:
+            assert names_in(run.path / "checkpoints" / "parts") == ["a.safetensors", "c.safetensors"]
+    assert run.latest_checkpoint().server_round == 17
+    assert list(run.latest_checkpoint().parts) == ["a", "c"]
 
 
 def test_curves_are_drawn_into_the_run(run):
