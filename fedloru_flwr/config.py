@@ -140,6 +140,9 @@ class RunConfig:
     resume: str = _setting("", "auto (the run named run-name, if it is there) or a run's directory")
     timeout: float = _setting(3600.0, "seconds to wait for the clients in a round", above=0)
     max_failure_fraction: float = _setting(0.5, "stop if more of a round's clients fail", low=0, high=1)
+    max_norm_ratio: float = _setting(
+        100.0, "leave out an update whose norm is more than so many times the median of earlier rounds; 0: none", low=0
+    )
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, object]) -> Self:

@@ -74,6 +74,7 @@ class Job:
             "resume": "auto",  # the directory is this run's own: new, or to be continued
             "checkpoint_every": config.checkpoint_every,
             "max_failure_fraction": config.max_failure_fraction,
+            "max_norm_ratio": config.max_norm_ratio,
             "observer": progress,
             "enrol": True,
             "fraction_train": config.fraction_train,

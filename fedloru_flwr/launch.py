@@ -145,18 +145,36 @@ def _run_on_flower(
     from fedloru_flwr.engines.app_dir import flower_app
     from fedloru_flwr.engines.flower import run_on_flower
 
+    run = RunDirectory(store.parent)
+    rounds_before = -1
     with flower_app() as app_dir:
-        outcome = run_on_flower(
-            app_dir,
-            config.as_mapping(),
-            num_supernodes=config.num_clients,
-            client_num_gpus=gpus_per_client,
-            ray_num_cpus=num_actors,
-            environment={"MPLCONFIGDIR": os.environ["MPLCONFIGDIR"], "FEDLORU_STORE": str(store)},
-            on_line=on_line,
-        )
-    if not outcome.completed:
-        raise RuntimeError(f"the run ended as {outcome.status}: {outcome.details}")
+        while True:
+            outcome = run_on_flower(
+                app_dir,
+                config.as_mapping(),
+                num_supernodes=config.num_clients,
+                client_num_gpus=gpus_per_client,
+                ray_num_cpus=num_actors,
+                environment={"MPLCONFIGDIR": os.environ["MPLCONFIGDIR"], "FEDLORU_STORE": str(store)},
+                on_line=on_line,
+            )
+            if outcome.completed:
+                return
+            summary = run.read_summary() or {}
+            if not str(summary.get("error", "")).startswith("WorkerDiedError"):
+                raise RuntimeError(f"the run ended as {outcome.status}: {outcome.details}")
+            workers = num_actors or os.cpu_count() or 1
+            if summary["rounds"] <= rounds_before:
+                # Again in the same round: fewer workers need less memory.
+                if workers == 1:
+                    raise RuntimeError(summary["error"])
+                num_actors = workers // 2
+            rounds_before = summary["rounds"]
+            on_line(
+                f"a worker has died in round {rounds_before + 1}: going on from round {rounds_before} in a new "
+                f"simulation with {num_actors or workers} workers"
+            )
+            config = dataclasses.replace(config, resume=str(run.path))
 
 
 @contextmanager

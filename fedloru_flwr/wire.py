@@ -47,6 +47,9 @@ AnswerKind = Literal["need-base", "stored"]
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _REMOTE_MARKER = "ClientAppException occurred. Message: "
+_DEAD_WORKER = re.compile(
+    r"<class 'ray\.exceptions\.(ActorDied|ActorUnavailable|RayActor|WorkerCrashed|OutOfMemory)Error'>"
+)
 _REASON_LENGTH = 400
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -499,6 +502,11 @@ def find_answer(message: Message) -> Answer | None:
         if isinstance(text := config.get(HEADER), str) and (answer := Answer.find(text)):
             return answer
     return None
+
+
+def worker_died(message: Message) -> bool:
+    """Whether it is a simulation's answer for a client whose Ray worker has died (of memory, or a crash)."""
+    return message.has_error() and _DEAD_WORKER.match(message.error.reason or "") is not None
 
 
 def error_reason(message: Message) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedloru_flwr import wire
 from fedloru_flwr.clients.cohort import obstacle, train_cohort
+from fedloru_flwr.clients.memory import is_out_of_memory
 from fedloru_flwr.clients.method import ClientMethod
 from fedloru_flwr.clients.session import Contact, ModelSource, SessionAnswer
 from fedloru_flwr.clients.task import LocalTask
@@ -108,8 +109,11 @@ class Together:
             base = {**first.host.adapted.read_base(), **first.order.statistics}
             try:
                 results = train_cohort(model, base, [tasks[index] for index in indices], how, device)
-            except Exception as error:  # such as too little memory; as if each client had met it
-                replies |= dict.fromkeys(indices, error)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    _log.warning("not enough memory for %d clients at once: they are trained one by one", len(indices))
+                else:  # as if each client had met it
+                    replies |= dict.fromkeys(indices, error)
                 continue
             for index, result in zip(indices, results, strict=True):
                 metrics = {"train_loss": result.loss, wire.NUM_EXAMPLES: len(tasks[index].samples)}

@@ -46,6 +46,7 @@ class Memory:
         counted: the last round in which each one's reply counted.
         examples: SCAFFOLD's ``n_k``.
         evaluation_off: they have no evaluate function.
+        norms: the medians of the last rounds' updates' norms.
     """
 
     token: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -54,6 +55,7 @@ class Memory:
     counted: dict[str, int] = field(default_factory=dict)
     examples: dict[str, float] = field(default_factory=dict)
     evaluation_off: bool = False
+    norms: list[float] = field(default_factory=list)
 
     def copy(self) -> Self:
         """A copy that later rounds do not change."""
@@ -63,6 +65,7 @@ class Memory:
             enrolled=set(self.enrolled),
             counted=dict(self.counted),
             examples=dict(self.examples),
+            norms=list(self.norms),
         )
 
     def as_saved(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ returns as the truth, accumulate if due, evaluate, save.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -15,6 +16,7 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypedDict
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -30,7 +32,14 @@ from fedloru_flwr.models.plan import build_seeded, plan_model
 from fedloru_flwr.strategies import control
 from fedloru_flwr.strategies.books import Books, Memory, Observer, Snapshot
 from fedloru_flwr.strategies.inner import InnerStrategy, plain_average
-from fedloru_flwr.strategies.judging import Expected, Rejected, judge, reject_odd_metrics
+from fedloru_flwr.strategies.judging import (
+    Expected,
+    Rejected,
+    WorkerDiedError,
+    judge,
+    reject_absurd_updates,
+    reject_odd_metrics,
+)
 from fedloru_flwr.strategies.orders import Bill, Orders
 from fedloru_flwr.strategies.ranks import RankMap
 from fedloru_flwr.strategies.roster import Roster, RosterError
@@ -58,6 +67,7 @@ class CommonOptions(TypedDict, total=False):
     resume: str | Path | None
     checkpoint_every: int
     max_failure_fraction: float
+    max_norm_ratio: float
     observer: Observer | None
     enrol: bool
     proximal_mu: float
@@ -85,6 +95,7 @@ class _Exchange:
         self.arrays_key = wire.ARRAYS
         self.work: dict[str, wire.Work] = {}
         self.good: dict[str, tuple[Message, wire.Reply]] = {}
+        self.common: dict[str, dict[str, Tensor]] = {}
         self.failures: dict[str, str] = {}
 
 
@@ -116,6 +127,8 @@ class FederatedStrategy(Strategy):
         resume: None; ``"auto"`` to continue the run in ``run_dir`` if there is one; or such a directory.
         checkpoint_every: rounds between checkpoints (one is also written at accumulations and at the end).
         max_failure_fraction: a training round in which more of the participants fail stops the run.
+        max_norm_ratio: an update whose norm is more than so many times the usual one is left out; 0: none is, as under
+            differential privacy, which clips.
         observer: told of progress.
         ranks: which client trains at which rank; None: all at the settings'.
         enrol: ask clients for their identity before round 1 by a query (the package's client app answers it); without
@@ -159,6 +172,7 @@ class FederatedStrategy(Strategy):
         resume: str | Path | None = None,
         checkpoint_every: int = 10,
         max_failure_fraction: float = 0.5,
+        max_norm_ratio: float = 100.0,
         observer: Observer | None = None,
         enrol: bool = False,
         ranks: RankMap | None = None,
@@ -189,8 +203,9 @@ class FederatedStrategy(Strategy):
         for name, every in (("checkpoint_every", checkpoint_every), ("evaluate_every", evaluate_every)):
             if every < 1:
                 raise ValueError(f"{name} must be at least 1 round, got {every}")
-        if not 0.0 <= proximal_mu < math.inf:
-            raise ValueError(f"proximal_mu must be a number of at least 0, got {proximal_mu}")
+        for name, number in (("proximal_mu", proximal_mu), ("max_norm_ratio", max_norm_ratio)):
+            if not 0.0 <= number < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0, got {number}")
         if num_clients is not None and num_clients < 1:
             raise ValueError(f"num_clients must be at least 1, got {num_clients}")
         if reinit not in ("reset", "keep"):
@@ -231,6 +246,7 @@ class FederatedStrategy(Strategy):
         self._evaluate_all_at_end = evaluate_all_at_end
         self._measure_aggregation = measure_aggregation
         self.max_failure_fraction = max_failure_fraction
+        self.max_norm_ratio = max_norm_ratio
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self._at_least = {"train": min_train_nodes, "evaluate": min_evaluate_nodes}
@@ -300,6 +316,13 @@ class FederatedStrategy(Strategy):
                     "are drawn anew every round, so that what is remembered of them is always zero; accumulate less "
                     "often"
                 )
+        if self.inner.is_private() and self.plan.statistics:
+            names = ", ".join(sorted({name.rpartition(".")[0] for name in self.plan.statistics})[:3])
+            raise ValueError(
+                f"{type(self.inner.strategy).__name__} cannot be combined with running statistics (of {names}): they "
+                "are averaged without clipping and noise, and would tell of the clients' data; use GroupNorm instead "
+                "of BatchNorm"
+            )
         asked = {
             "inner": None if self.inner.is_plain() else f"inner={type(self.inner.strategy).__name__}",
             "scaffold": "scaffold=True" if self.scaffold else None,
@@ -401,7 +424,7 @@ class FederatedStrategy(Strategy):
             self._recall()
             if self.state.server_round > 0:
                 self.books.checkpoint(self._whole, self._fingerprint())
-            self._close_run("failed" if isinstance(error, Exception) else "interrupted")
+            self._close_run("failed" if isinstance(error, Exception) else "interrupted", error)
             raise
         self._close_run("finished")
         return result
@@ -650,6 +673,11 @@ class FederatedStrategy(Strategy):
         extras = wire.extras_to_bytes(variates)
         orders = Orders(template, phase, self.state, self.settings, self._memory.held, self._bill, assign, extras)
         replies = orders.deliver(grid, node_of, deadline)
+        if any(wire.worker_died(reply) for reply in replies.values()):
+            raise WorkerDiedError(
+                f"round {server_round}: a worker of the simulation has died, most likely for want of memory; lower the "
+                "number of workers (--num-actors), batch-size or rank, and continue with --resume"
+            )
         lineage = self.state.ledger.lineage
         likes: dict[tuple[int, str], dict[str, Tensor]] = {}
         answered = []
@@ -679,13 +707,37 @@ class FederatedStrategy(Strategy):
         ).items():
             exchange.failures[client] = odd
             del exchange.good[client]
+        if trains:
+            self._compare_updates(exchange)
         return exchange
+
+    def _compare_updates(self, exchange: _Exchange) -> None:
+        """Bring the good replies into the common form, and leave out those whose updates are absurdly large."""
+        exchange.common = {
+            client: self._common_form(exchange.work[client], reply.tensors)
+            for client, (_, reply) in exchange.good.items()
+        }
+        norms = {client: self._update_norm(tensors) for client, tensors in exchange.common.items()}
+        # Under differential privacy updates are clipped, and noise may throw the model, and then them, far off.
+        ratio = 0.0 if self.inner.is_private() else self.max_norm_ratio
+        for client, reason in reject_absurd_updates(norms, self._memory.norms, ratio).items():
+            exchange.failures[client] = reason
+            del exchange.good[client], norms[client]
+        if norms:
+            self._memory.norms = [*self._memory.norms, statistics.median(norms.values())][-_NORMS_KEPT:]
+
+    def _update_norm(self, tensors: Mapping[str, Tensor]) -> float:
+        squares = (
+            torch.linalg.vector_norm(tensor - self.state.trainables[key], dtype=torch.float64).item() ** 2
+            for key, tensor in tensors.items()
+        )
+        return math.sqrt(sum(squares))
 
     def _for_inner(self, exchange: _Exchange) -> list[Message]:
         """The good replies as plain Flower would have them."""
         for client, (message, reply) in exchange.good.items():
             trained = exchange.phase == "train"
-            tensors = self._common_form(exchange.work[client], reply.tensors) if trained else None
+            tensors = exchange.common[client] if trained else None
             message.content = wire.clean_content(tensors, reply.metrics, exchange.arrays_key)
         return [message for message, _ in exchange.good.values()]
 
@@ -807,6 +859,7 @@ class FederatedStrategy(Strategy):
             "num_clients": self.num_clients,
             "fraction_train": self.fraction_train,
             "min_train_nodes": self._at_least["train"],
+            "max_norm_ratio": self.max_norm_ratio,
             "weighted_by": self.settings.weighted_by,
             "inner": [type(layer).__name__ for layer in self.inner.layers()],
             "inner_options": self._inner_options,
@@ -830,13 +883,15 @@ class FederatedStrategy(Strategy):
         metrics = MetricRecord({"train_loss": 0.5, self.settings.weighted_by: 1})
         return down, wire.content_bytes(RecordDict({wire.ARRAYS: arrays, wire.METRICS: metrics}))
 
-    def _close_run(self, status: str) -> None:
+    def _close_run(self, status: str, error: BaseException | None = None) -> None:
         facts = {
             "algorithm": self.algorithm,
             "trainable_parameters": self.parameters_sent(),
             "model_parameters": sum(parameter.numel() for parameter in self._model.parameters()),
             "status": status,
         }
+        if error is not None:
+            facts["error"] = f"{type(error).__name__}: {error}"
         self.books.close(self.state, self.merged_state_dict(), self._full_bytes(), facts)
 
 
@@ -846,6 +901,7 @@ def _keys_of(layer: FactorisedLayer) -> tuple[str, ...]:
 
 
 _REBUILT_PARAMETERS = 50_000_000
+_NORMS_KEPT = 100
 
 
 def _build_undisturbed(model: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -13,6 +13,13 @@ from torch import Tensor
 from fedloru_flwr import wire
 
 _STATELESS = ("FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "FedProx")
+# Under which attributes Flower's wrappers for differential privacy keep a number from round to round.
+_NUMBERS: dict[str, tuple[str, ...]] = {
+    "DifferentialPrivacyServerSideFixedClipping": (),
+    "DifferentialPrivacyClientSideFixedClipping": (),
+    "DifferentialPrivacyServerSideAdaptiveClipping": ("clipping_norm",),
+    "DifferentialPrivacyClientSideAdaptiveClipping": ("clipping_norm",),
+}
 # Under which attributes Flower's server optimisers keep their moments.
 _MOMENTS = {
     "FedAvgM": ("momentum_vector",),
@@ -100,7 +107,9 @@ class InnerStrategy:
             {
                 name: value
                 for name, value in sorted(vars(layer).items())
-                if isinstance(value, int | float) and not name.startswith(sampling)
+                if isinstance(value, int | float)
+                and not name.startswith(sampling)
+                and name not in _NUMBERS.get(type(layer).__name__, ())
             }
             for layer in self.layers()
         ]
@@ -154,11 +163,20 @@ class InnerStrategy:
 
     def keeps_unknown_state(self) -> str | None:
         """The name of a layer that carries state from round to round which `read_state` does not know, or None."""
-        known = {*_STATELESS, *_MOMENTS}
-        return next((type(layer).__name__ for layer in self.layers() if type(layer).__name__ not in known), None)
+        known = {*_STATELESS, *_MOMENTS, *_NUMBERS}
+        for layer in self.layers():
+            if type(layer).__name__ not in known:
+                return type(layer).__name__
+            if getattr(layer, "accountant", None) is not None:
+                return f"{type(layer).__name__} with its accountant"
+        return None
+
+    def is_private(self) -> bool:
+        """Whether a wrapper for differential privacy is among the layers."""
+        return any(type(layer).__name__ in _NUMBERS for layer in self.layers())
 
     def read_state(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """The moments of a server optimiser as named tensors.
+        """The moments of a server optimiser and the clipping norms of DP wrappers, as named tensors.
 
         Args:
             keys: the Trainables, in order: FedAvgM keeps its momentum as a list.
@@ -167,6 +185,9 @@ class InnerStrategy:
         for index, name, moments in self._moments():
             named = moments.items() if isinstance(moments, dict) else zip(keys, moments, strict=True)
             found |= {f"{index}/{name}/{key}": torch.from_numpy(np.array(value)) for key, value in named}
+        for index, layer in enumerate(self.layers()):
+            for name in _NUMBERS.get(type(layer).__name__, ()):
+                found[f"{index}/{name}"] = torch.tensor(getattr(layer, name), dtype=torch.float64)
         return found
 
     def write_state(self, tensors: Mapping[str, Tensor], keys: Sequence[str]) -> None:
@@ -177,6 +198,9 @@ class InnerStrategy:
                 named = {key: tensors[prefix + key].numpy().copy() for key in keys if prefix + key in tensors}
                 if named:
                     setattr(layer, name, list(named.values()) if name == "momentum_vector" else named)
+            for name in _NUMBERS.get(type(layer).__name__, ()):
+                if f"{index}/{name}" in tensors:
+                    setattr(layer, name, tensors[f"{index}/{name}"].item())
 
     def restart(self, keys: Sequence[str], restarted: Collection[str]) -> None:
         """Set the moments of factors that have been drawn anew to zero: they belonged to other variables."""

@@ -1,12 +1,14 @@
 """A reply is judged before it is used."""
 
 import math
+import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from flwr.app import Message
+from flwr.serverapp.exception import AggregationError
 from torch import Tensor
 
 from fedloru_flwr import wire
@@ -35,6 +37,10 @@ class Expected:
 
 class Rejected(ValueError):
     """Why a reply is not used."""
+
+
+class WorkerDiedError(AggregationError):
+    """A worker of the simulation has died, and Flower would go on giving it clients, all of which would fail."""
 
 
 def judge(message: Message, expected: Expected) -> wire.Reply:
@@ -70,6 +76,25 @@ def reject_odd_metrics(metrics: Mapping[str, Metrics]) -> dict[str, str]:
         client: f"its metrics are {_tell(shape)}, those of most clients {_tell(usual)}"
         for client, shape in shapes.items()
         if shape != usual
+    }
+
+
+def reject_absurd_updates(norms: Mapping[str, float], earlier: Sequence[float], ratio: float) -> dict[str, str]:
+    """The clients whose update is absurdly large, each with a reason.
+
+    Args:
+        norms: of each client's update, ``||x_k - x||`` over everything it trained.
+        earlier: each earlier round's median; while there is none, this round's counts, if it is of at least three.
+        ratio: how many times their median is absurd; 0: nothing is.
+    """
+    before = earlier or (list(norms.values()) if len(norms) >= 3 else [])
+    usual = statistics.median(before) if before else 0.0
+    if not (ratio and usual):
+        return {}
+    return {
+        client: f"its update's norm {norm:.3g} is more than {ratio:g} times the usual {usual:.3g} (max-norm-ratio)"
+        for client, norm in norms.items()
+        if norm > ratio * usual
     }
 
 

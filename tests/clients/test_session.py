@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fedloru_flwr import wire
 from fedloru_flwr.clients import LowRankSession, SessionAnswer, session
+from fedloru_flwr.clients.memory import ClientOutOfMemoryError
 from fedloru_flwr.clients.mods import session_mod
 from fedloru_flwr.lowrank import Entry, digest_tensors
 from fedloru_flwr.store import Store
@@ -469,6 +470,33 @@ def test_the_mod_turns_an_answer_into_a_reply(store):
     trained = session_mod(server.order(entries=server.entries), context(), app)
     assert wire.find_answer(trained) is None
     assert trained.has_content()
+
+
+@pytest.mark.parametrize(
+    ("error", "out_of_memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore."), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            True,
+        ),
+        (RuntimeError("shapes cannot be multiplied"), False),
+    ],
+    ids=["Python's", "a device's", "the CPU's", "another"],
+)
+def test_a_client_without_enough_memory_says_what_to_lower(error, out_of_memory):
+    def app(message, context):
+        raise error
+
+    if not out_of_memory:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            session_mod(None, None, app)
+        return
+    with pytest.raises(ClientOutOfMemoryError, match=r"not enough memory on this client .*: lower batch-size") as told:
+        session_mod(None, None, app)
+    assert told.value.__cause__ is error
+    assert "\n" not in str(told.value)
 
 
 def test_a_model_moved_to_another_dtype_or_device_by_the_user_still_serves_the_next_message(store):

@@ -20,7 +20,9 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from safetensors.torch import load_file
 from toy_federation import (
+    ConvNet,
     Mlp,
     Watch,
     WatchedGrid,
@@ -163,6 +165,34 @@ def test_the_noise_of_differential_privacy_is_in_the_ledger():
     federate(strategy, WatchedGrid(client_app(NET), 4), 1)
     entry = strategy.state.ledger.entries[0].adapter
     assert entry["hidden.lora_B"].abs().max() > 5, "noise of deviation 25, on factors that were 0"
+
+
+def test_running_statistics_under_differential_privacy_are_refused_with_what_to_do():
+    private = DifferentialPrivacyServerSideFixedClipping(FlowerFedAvg(), 1.0, 0.1, num_sampled_clients=4)
+    with pytest.raises(ValueError, match=r"running statistics \(of after, norm\).*use GroupNorm"):
+        FedLoRU(seeded(ConvNet), rank=2, inner=private, **usual())
+
+
+def test_what_is_kept_of_a_private_round_is_noisy(tmp_path):
+    """Nothing on the server's disk holds the mean without its noise, which only the inner strategy has seen."""
+    inner = DifferentialPrivacyServerSideFixedClipping(FlowerFedAvg(), 1000.0, 0.1, num_sampled_clients=4)
+    seen, aggregate = [], inner.strategy.aggregate_train
+
+    def watch(server_round, replies):
+        arrays, metrics = aggregate(server_round, replies)
+        seen.append({key: array.numpy().copy() for key, array in arrays.items()})
+        return arrays, metrics
+
+    inner.strategy.aggregate_train = watch
+    strategy = fedloru(inner, accumulate_every=2, run_dir=tmp_path / "run", checkpoint_every=1)
+    federate(strategy, WatchedGrid(client_app(NET), 4), 3)
+    assert len(seen) == 3
+    kept = list((tmp_path / "run").rglob("*.safetensors"))
+    assert len(kept) >= 4
+    secret = {value for mean in seen for array in mean.values() for value in array.ravel().tolist()} - {0.0}
+    for path in kept:
+        for tensor in load_file(path).values():
+            assert secret.isdisjoint(tensor.flatten().tolist()), path.name
 
 
 def test_server_momentum_steps_from_the_factors_that_were_sent_not_from_those_before_a_restart():

@@ -24,7 +24,7 @@ from toy_federation import (
 from fedloru_flwr import wire
 from fedloru_flwr.runs import RunDirectory
 from fedloru_flwr.strategies import FedAvg, FedLoRU
-from fedloru_flwr.strategies.judging import reject_odd_metrics
+from fedloru_flwr.strategies.judging import reject_absurd_updates, reject_odd_metrics
 
 NET = seeded(ConvNet)
 BAD = "1"
@@ -163,6 +163,43 @@ def test_a_bad_reply_is_dropped_with_its_reason_and_leaves_no_trace(name):
         assert re.search(reason, row["failures"][BAD]), row["failures"][BAD]
     assert same(strategy.merged_state_dict(), without().merged_state_dict())
     assert strategy.state.ledger.lineage == without().state.ledger.lineage
+
+
+@pytest.mark.parametrize("server_round", [1, 2, None], ids=["in the first round", "later", "always"])
+def test_an_absurdly_large_update_is_dropped_and_leaves_no_trace(server_round):
+    tamper = arrays(lambda tensors: {key: 1e6 * tensor + 1e6 for key, tensor in tensors.items()})
+    grid = WatchedGrid(client_app(NET, tamper=spoil(tamper, server_round=server_round)), 4)
+    strategy = make()
+    federate(strategy, grid, 2)
+    for row in grid.watch.rows:
+        bad = server_round in (None, row["round"])
+        assert (row["clients_ok"], row["clients_failed"]) == ((3, 1) if bad else (4, 0))
+        if bad:
+            assert re.fullmatch(
+                r"its update's norm \S+e\+0\d is more than 100 times the usual \S+ \(max-norm-ratio\)",
+                row["failures"][BAD],
+            )
+    if server_round is None:
+        assert same(strategy.merged_state_dict(), without().merged_state_dict())
+
+
+def test_how_large_is_absurd_is_a_setting_and_0_lets_everything_pass():
+    tamper = arrays(lambda tensors: {key: 30 * tensor + 30 for key, tensor in tensors.items()})
+    for ratio, failed in ((0.0, 0), (2.0, 1), (1e6, 0)):
+        grid = WatchedGrid(client_app(NET, tamper=spoil(tamper, server_round=2)), 4)
+        federate(make(max_norm_ratio=ratio), grid, 2)
+        assert grid.watch.rows[1]["clients_failed"] == failed, ratio
+
+
+def test_what_is_absurd_is_judged_by_the_rounds_before():
+    norms = {"0": 1.0, "1": 1.2, "2": 90.0, "3": 0.9}
+    reason = "its update's norm 90 is more than 10 times the usual 1 (max-norm-ratio)"
+    assert reject_absurd_updates(norms, [0.5, 1.0, 40.0], 10) == {"2": reason}
+    assert list(reject_absurd_updates(norms, [], 10)) == ["2"]
+    assert reject_absurd_updates({"0": 1.0, "1": 900.0}, [], 10) == {}, "two alone: which is the odd one?"
+    assert list(reject_absurd_updates({"1": 900.0}, [1.0], 10)) == ["1"]
+    assert reject_absurd_updates(norms, [0.0, 0.0, 0.0], 10) == {}
+    assert reject_absurd_updates(norms, [1.0], 0) == {}
 
 
 def test_a_client_that_claims_to_be_another_is_dropped():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
     FedAdagrad,
     FedAdam,
@@ -24,6 +25,7 @@ from flwr.serverapp.strategy import (
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from toy_federation import (
     ConvNet,
+    Mlp,
     Watch,
     WatchedGrid,
     client_app,
@@ -37,19 +39,21 @@ from toy_federation import (
 from fedloru_flwr.clients import session
 from fedloru_flwr.runs import RunDirectory
 from fedloru_flwr.strategies import FedAvg, FedLoRA, FedLoRU, ResumeError
+from fedloru_flwr.strategies.inner import InnerStrategy
 
 ROUNDS = 7
 NET = seeded(ConvNet)
+MLP = seeded(Mlp)
 
 
 class Killed(Exception):
     pass
 
 
-def make(run_dir, resume=None, cls=FedLoRU, **more):
+def make(run_dir, resume=None, cls=FedLoRU, net=NET, **more):
     own = {FedAvg: {}, FedLoRA: {"rank": 2}, FedLoRU: {"rank": 2, "accumulate_every": 2}}[cls]
     common = usual(fraction_train=0.5, fraction_evaluate=0.5, min_evaluate_nodes=1, enrol=True, checkpoint_every=3)
-    return cls(NET, run_dir=run_dir, resume=resume, **{**own, **common, **more})
+    return cls(net, run_dir=run_dir, resume=resume, **{**own, **common, **more})
 
 
 def run(directory, *, resume=None, kill_at=0, kill_in="observer", rounds=ROUNDS, source=NET, evaluates=True, **more):
@@ -285,15 +289,14 @@ class OwnAdam(FedAdam):
     [
         (Wanders, "Wanders"),
         (OwnAdam, "OwnAdam"),
-        (lambda: DifferentialPrivacyServerSideFixedClipping(FlowerFedAvg(), 1.0, 1.0, 2), "DifferentialPrivacy"),
-        (lambda: DifferentialPrivacyServerSideFixedClipping(FedAdam(), 1.0, 1.0, 2), "DifferentialPrivacy"),
+        (lambda: DifferentialPrivacyServerSideFixedClipping(Wanders(), 1.0, 1.0, 2), "Wanders"),
     ],
 )
 def test_an_inner_strategy_with_a_state_of_its_own_cannot_be_continued_and_is_named(tmp_path, inner, name):
     with pytest.raises(Killed):
-        run(tmp_path, kill_at=3, inner=inner())
+        run(tmp_path, kill_at=3, inner=inner(), net=MLP, source=MLP)
     with pytest.raises(ResumeError, match=f"inner strategy {name}.* carries state from round to round"):
-        run(tmp_path, resume="auto", kill_at=-1, inner=inner())
+        run(tmp_path, resume="auto", kill_at=-1, inner=inner(), net=MLP, source=MLP)
 
 
 @pytest.mark.parametrize("inner", [FedAdam, FedYogi, FedAdagrad, partial(FedAvgM, server_momentum=0.5)], ids=str)
@@ -305,6 +308,40 @@ def test_a_server_optimiser_is_continued_with_its_moments(tmp_path, inner):
     assert RunDirectory(tmp_path / "killed/run").latest_checkpoint()[0] == 4
     run(tmp_path / "killed", resume="auto", kill_at=-1, inner=inner())
     assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda: DifferentialPrivacyServerSideFixedClipping(FlowerFedAvg(), 0.0, 0.1, 2),
+        lambda: DifferentialPrivacyServerSideFixedClipping(FedAdam(), 0.0, 0.1, 2),
+        lambda: DifferentialPrivacyServerSideAdaptiveClipping(
+            FlowerFedAvg(), 0.0, 2, initial_clipping_norm=1.0, clipped_count_stddev=0.0
+        ),
+    ],
+    ids=["fixed", "fixed around FedAdam", "adaptive"],
+)
+def test_differential_privacy_is_continued_with_its_clipping_norm(tmp_path, wrapped):
+    """Without noise, which comes from no seed of the run."""
+    uninterrupted = wrapped()
+    run(tmp_path / "whole", kill_at=-1, inner=uninterrupted, net=MLP, source=MLP)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", kill_at=5, inner=wrapped(), net=MLP, source=MLP)
+    resumed = wrapped()
+    run(tmp_path / "killed", resume="auto", kill_at=-1, inner=resumed, net=MLP, source=MLP)
+    assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "whole")
+    assert resumed.clipping_norm == uninterrupted.clipping_norm
+    if isinstance(resumed, DifferentialPrivacyServerSideAdaptiveClipping):
+        assert resumed.clipping_norm != 1.0
+
+
+def test_a_privacy_accountant_cannot_be_continued():
+    def accounted():
+        wrapper = DifferentialPrivacyServerSideFixedClipping(FlowerFedAvg(), 0.0, 0.1, 2)
+        wrapper.accountant = object()
+        return InnerStrategy(wrapper)
+
+    assert accounted().keeps_unknown_state() == "DifferentialPrivacyServerSideFixedClipping with its accountant"
 
 
 def test_where_there_is_nothing_to_continue(tmp_path):
