@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,8 +64,23 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
     return {name: Look(colour, dashes, marker) for name, colour, dashes, marker in cycles}
 
 
-def accuracy_charts(comparison: Comparison, metric: Metric) -> list[Chart]:
-    """The metric against rounds and against uplink, for each combination of the axes' values."""
+def files(comparison: Comparison) -> dict[str, bytes]:
+    """The charts of accuracies and gaps as SVG files that stand alone, by name: for papers and slides."""
+    charts = [
+        *(chart for metric in METRIC_NAMES for chart in accuracy_charts(comparison, metric, alone=True)),
+        *gap_charts(comparison, alone=True),
+    ]
+    return {f"{re.sub(r'[^a-z0-9.]+', '-', chart.title.lower()).strip('-')}.svg": chart.svg for chart in charts}
+
+
+def accuracy_charts(comparison: Comparison, metric: Metric, *, alone: bool = False) -> list[Chart]:
+    """The metric against rounds and against uplink, for each combination of the axes' values.
+
+    Args:
+        comparison: the results.
+        metric: of the global or the personal models.
+        alone: with a title and a legend.
+    """
     style = looks(list(comparison.results.labels))
     values = [stat for one in comparison.judged for stat in one.curve(metric).values]
     limits = _limits(values)
@@ -84,13 +100,20 @@ def accuracy_charts(comparison: Comparison, metric: Metric) -> list[Chart]:
             axes.set_ylim(*limits)
             if by == "bytes":
                 _log_bytes(axes, [up / 1e6 for one in drawn for up in one.curve(metric).up if up > 0])
+            if alone:
+                _explain(figure, title, {one.label: style[one.row.method] for one in drawn})
             ends = "; ".join(f"{one.label} ends at {one.curve(metric).values[-1].mean:.3f}" for one in drawn)
             charts.append(Chart(title, f"Line chart. {title}. {ends}.", _svg(figure), _methods(drawn)))
     return charts
 
 
-def gap_charts(comparison: Comparison) -> list[Chart]:
-    """Final accuracy minus that of the reference method, against the number of clients."""
+def gap_charts(comparison: Comparison, *, alone: bool = False) -> list[Chart]:
+    """Final accuracy minus that of the reference method, against the number of clients.
+
+    Args:
+        comparison: the results.
+        alone: with a title and a legend.
+    """
     axis = "num-clients"
     if len(comparison.results.axes.get(axis, [])) < 2:
         return []
@@ -135,6 +158,8 @@ def gap_charts(comparison: Comparison) -> list[Chart]:
             )
         axes.set_xscale("log")
         _plain_ticks(axes, sorted({float(comparison.combinations[number][axis]) for number in numbers}))
+        if alone:
+            _explain(figure, title, {comparison.results.labels[method]: style[method] for method in points})
         told = "; ".join(
             f"{comparison.results.labels[method]} " + ", ".join(f"{gap.mean:+.3f} at {x:g}" for x, gap in line)
             for method, line in points.items()
@@ -264,6 +289,20 @@ def _figure(xlabel: str, ylabel: str, height: float = _SIZE[1]) -> "tuple[Figure
     axes.set_xlabel(xlabel, fontsize=10.5, color=_INK)
     axes.set_ylabel(ylabel, fontsize=10.5, color=_INK)
     return figure, axes
+
+
+def _explain(figure: "Figure", title: str, drawn: Mapping[str, Look]) -> None:
+    """Add a title, and below the axes a legend."""
+    from matplotlib.lines import Line2D
+
+    columns = 2
+    figure.set_figheight(figure.get_figheight() + 0.3 + 0.19 * -(-len(drawn) // columns))
+    figure.suptitle(title, fontsize=11, color=_INK)
+    handles = [
+        Line2D([], [], color=look.colour, linestyle=look.style, marker=look.marker, markersize=4.5, label=label)
+        for label, look in drawn.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _band(axes: "Axes", xs: Sequence[float], values: Sequence[Stat], look: Look, opacity: float) -> None:

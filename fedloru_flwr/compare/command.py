@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from fedloru_flwr import atomic
+from fedloru_flwr.compare import charts
 from fedloru_flwr.compare.judged import Comparison
 from fedloru_flwr.compare.page import html
 from fedloru_flwr.compare.places import Places, only_one
@@ -136,6 +137,9 @@ def _leave(results: Results, directory: Path, *, keep: bool = True) -> Outcome:
     atomic.write_text(directory / "table.csv", as_csv(comparison))
     atomic.write_text(directory / "timing.csv", timing_csv(comparison))
     atomic.write_text(directory / "report.html", html(comparison))
+    (directory / "charts").mkdir(exist_ok=True)
+    for name, picture in charts.files(comparison).items():
+        atomic.write_bytes(directory / "charts" / name, picture)
     if keep:
         results.write(directory)
     return Outcome(directory, results, tuple(failures(comparison)))

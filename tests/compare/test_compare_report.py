@@ -259,6 +259,7 @@ def test_runs_that_no_comparison_made_are_put_side_by_side(tmp_path):
     outcome = report(paths)
     assert outcome.output_dir == tmp_path / "report"
     assert sorted(path.name for path in outcome.output_dir.iterdir()) == [
+        "charts",
         "report.html",
         "results.json",
         "table.csv",
@@ -268,6 +269,19 @@ def test_runs_that_no_comparison_made_are_put_side_by_side(tmp_path):
     found = {row.method: [run.accuracy[-1] for run in row.runs.values()] for row in outcome.results.rows}
     assert found == {"fedloru, rank = 2": [0.5, 0.7], "fedloru, rank = 8": [0.9], "fedavg": [0.8]}
     assert report([outcome.output_dir], tmp_path / "again").results.labels == outcome.results.labels
+
+
+def test_pictures_stand_alone_with_a_legend():
+    pictures = charts.files(Comparison(example()))
+    assert "gap-to-fedavg-against-the-number-of-clients.svg" in pictures
+    assert "accuracy-against-bytes-num-clients-10.svg" in pictures
+    plain = {chart.title: chart.svg for chart in charts.accuracy_charts(Comparison(example()), "accuracy")}
+    assert len(pictures) > len(plain) > 1
+    for name, picture in pictures.items():
+        assert re.fullmatch(r"[a-z0-9.-]+\.svg", name)
+        assert ElementTree.fromstring(picture).tag.endswith("svg")
+        assert b'id="legend_1"' in picture
+    assert not any(b'id="legend_1"' in svg for svg in plain.values())
 
 
 def test_what_is_neither_run_nor_comparison_is_refused(tmp_path):
