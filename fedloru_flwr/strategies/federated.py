@@ -720,7 +720,11 @@ class FederatedStrategy(Strategy):
         norms = {client: self._update_norm(tensors) for client, tensors in exchange.common.items()}
         # Under differential privacy updates are clipped, and noise may throw the model, and then them, far off.
         ratio = 0.0 if self.inner.is_private() else self.max_norm_ratio
-        for client, reason in reject_absurd_updates(norms, self._memory.norms, ratio).items():
+        refused = reject_absurd_updates(norms, self._memory.norms, ratio)
+        if self.inner.clips_updates():
+            told = "its update is zero, and Flower's clipping divides by its norm"
+            refused |= {client: told for client, norm in norms.items() if norm == 0}
+        for client, reason in refused.items():
             exchange.failures[client] = reason
             del exchange.good[client], norms[client]
         if norms:

@@ -175,6 +175,10 @@ class InnerStrategy:
         """Whether a wrapper for differential privacy is among the layers."""
         return any(type(layer).__name__ in _NUMBERS for layer in self.layers())
 
+    def clips_updates(self) -> bool:
+        """Whether it scales each update by its norm, which must not be zero then."""
+        return any(type(layer).__name__.startswith("DifferentialPrivacyServerSide") for layer in self.layers())
+
     def read_state(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """The moments of a server optimiser and the clipping norms of DP wrappers, as named tensors.
 

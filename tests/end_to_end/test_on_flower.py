@@ -32,11 +32,9 @@ def output_dir(tmp_path, monkeypatch):
 
 
 def run(name: str, engine: str = "flower", **more) -> Path:
-    actors = more.pop("num_actors", None)
+    actors, on_line = more.pop("num_actors", None), more.pop("on_line", lambda line: None)
     settings = {**SETTINGS, "run-name": name, **more}
-    return Path(
-        fedloru_flwr.run(config=settings, engine=engine, num_actors=actors, on_line=lambda line: None)["run_dir"]
-    )
+    return Path(fedloru_flwr.run(config=settings, engine=engine, num_actors=actors, on_line=on_line)["run_dir"])
 
 
 def test_a_run_on_ray_and_one_in_process_are_the_same_byte_for_byte(output_dir, rows_of):
@@ -113,6 +111,32 @@ def test_flwr_run_works_on_the_checkout_itself(output_dir):
     assert outcome.completed, "\n".join(lines)
     assert (output_dir / "plain" / "summary.json").exists()
     assert any(line.startswith("round 3/3") for line in lines)
+
+
+def a_worker_of_this_process() -> psutil.Process:
+    """A Ray actor that handles clients' messages, below this process."""
+    return next(
+        process
+        for process in psutil.Process().children(recursive=True)
+        if any(part.startswith("ray::ClientAppActor") for part in process.cmdline())
+    )
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_dies_goes_on_by_itself_as_if_nothing_had_happened(output_dir, rows_of):
+    said: list[str] = []
+
+    def watch(line: str) -> None:
+        said.append(line)
+        if line.startswith("round 2/") and not any("has died" in one for one in said):
+            a_worker_of_this_process().kill()
+
+    more = {"algorithm": "pfedloru", "local-epochs": 3, "checkpoint-every": 1}
+    killed = run("killed", on_line=watch, **more)
+    assert sum("a worker has died" in line and "in a new simulation" in line for line in said) == 1
+    expected = run("expected", "in-process", batched=False, **more)
+    assert rows_of(killed) == rows_of(expected)
+    assert (killed / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ from toy_federation import (
     usual,
 )
 
+from fedloru_flwr import wire
 from fedloru_flwr.clients import LowRankSession
 from fedloru_flwr.strategies import FedAvg, FedLoRU
 
@@ -176,23 +177,48 @@ def test_running_statistics_under_differential_privacy_are_refused_with_what_to_
 def test_what_is_kept_of_a_private_round_is_noisy(tmp_path):
     """Nothing on the server's disk holds the mean without its noise, which only the inner strategy has seen."""
     inner = DifferentialPrivacyServerSideFixedClipping(FlowerFedAvg(), 1000.0, 0.1, num_sampled_clients=4)
-    seen, aggregate = [], inner.strategy.aggregate_train
+    seen, public, aggregate, configure = [], [], inner.strategy.aggregate_train, inner.configure_train
+
+    def watch_sent(server_round, arrays, config, grid):
+        public.append({key: array.numpy().copy() for key, array in arrays.items()})
+        return configure(server_round, arrays, config, grid)
 
     def watch(server_round, replies):
         arrays, metrics = aggregate(server_round, replies)
         seen.append({key: array.numpy().copy() for key, array in arrays.items()})
         return arrays, metrics
 
-    inner.strategy.aggregate_train = watch
+    inner.configure_train, inner.strategy.aggregate_train = watch_sent, watch
     strategy = fedloru(inner, accumulate_every=2, run_dir=tmp_path / "run", checkpoint_every=1)
     federate(strategy, WatchedGrid(client_app(NET), 4), 3)
     assert len(seen) == 3
     kept = list((tmp_path / "run").rglob("*.safetensors"))
     assert len(kept) >= 4
-    secret = {value for mean in seen for array in mean.values() for value in array.ravel().tolist()} - {0.0}
+
+    def values(many):
+        return {value for arrays in many for array in arrays.values() for value in array.ravel().tolist()}
+
+    # What no client moved, for the noise has saturated its model, comes back as it was sent.
+    secret = values(seen) - values(public) - {0.0}
+    assert len(secret) > 60
     for path in kept:
         for tensor in load_file(path).values():
             assert secret.isdisjoint(tensor.flatten().tolist()), path.name
+
+
+def test_an_update_of_nothing_does_not_end_a_private_round():
+    inner = DifferentialPrivacyServerSideFixedClipping(FlowerFedAvg(), 1.0, 0.01, num_sampled_clients=4)
+    strategy = fedloru(inner)
+
+    def idle(reply, low_rank):
+        if low_rank.client == "2":
+            reply.content["arrays"] = wire.to_record(strategy.state.trainables)
+        return reply
+
+    grid = WatchedGrid(client_app(NET, tamper=idle), 4)
+    federate(strategy, grid, 2)
+    assert [set(row["failures"]) for row in grid.watch.rows] == [{"2"}, {"2"}]
+    assert "update is zero" in grid.watch.rows[0]["failures"]["2"]
 
 
 def test_server_momentum_steps_from_the_factors_that_were_sent_not_from_those_before_a_restart():
