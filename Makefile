@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow check clean
+.PHONY: help install run deploy-demo test test-slow check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 help:  ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ install: $(STAMP)  ## create .venv with the pinned dependencies and this package
 run: $(STAMP)  ## train the default job: FedLoRU, 100 virtual clients on Flower and Ray
 	$(BIN)/fedloru run
 
+deploy-demo: $(STAMP)  ## FedLoRU over TLS: one SuperLink and three SuperNodes with keys, on this machine
+	$(BIN)/python examples/deploy/demo.py runs
+
 test: $(STAMP)  ## run the default test tier (at most 10 minutes)
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -39,6 +42,7 @@ check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/deploy
 
 clean:  ## remove .venv, caches and build products (runs/ stays)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

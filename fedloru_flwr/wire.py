@@ -161,6 +161,7 @@ class Reply:
     statistics: dict[str, Tensor]
     silent_layers: tuple[str, ...]
     extras: dict[str, Tensor] = field(default_factory=dict)
+    server_round: int = 0
 
 
 @dataclass(frozen=True)
@@ -447,7 +448,6 @@ def read_order(message: Message) -> Order:
     elif ENTRIES in config:
         entries = entries_from_bytes(config[ENTRIES])
     statistics = _from_bytes(config[STATISTICS], "statistics")[0] if STATISTICS in config else {}
-    server_round = config.get(SERVER_ROUND, 0)
     return Order(
         kind,
         root,
@@ -456,12 +456,22 @@ def read_order(message: Message) -> Order:
         tensors,
         entries,
         statistics,
-        server_round if isinstance(server_round, int) else 0,
+        _round_of(config),
         arrays_key,
         config_key,
         work,
         _from_bytes(config[EXTRAS], "extras")[0] if EXTRAS in config else {},
     )
+
+
+def _round_of(config: ConfigRecord) -> int:
+    server_round = config.get(SERVER_ROUND, 0)
+    return server_round if isinstance(server_round, int) else 0
+
+
+def template_round(template: RecordDict) -> int:
+    """The round that an order made from this template is of, as its client reads it."""
+    return _round_of(_only_config(template)[1])
 
 
 def reply_content(
@@ -475,7 +485,12 @@ def reply_content(
     extras: Mapping[str, Tensor] | None = None,
 ) -> RecordDict:
     """A client's reply; ``tensors`` for training, None for evaluation."""
-    header = {"protocol": PROTOCOL_VERSION, "client": client, "lineage": order.lineage}
+    header = {
+        "protocol": PROTOCOL_VERSION,
+        "client": client,
+        "lineage": order.lineage,
+        "round": order.server_round,
+    }
     if silent_layers:
         header["silent"] = list(silent_layers)
     config = ConfigRecord({HEADER: json.dumps(header, separators=(",", ":"))})
@@ -515,7 +530,7 @@ def error_reason(message: Message) -> str:
     Flower's reason is that line on a deployed client; in a simulation it is the text of a whole remote traceback, with
     process ids and addresses that differ from run to run.
     """
-    reason = _COLOUR.sub("", message.error.reason or "no reason given")
+    reason = _COLOUR.sub("", message.error.reason or "")
     head, marker, said = reason.rpartition(_REMOTE_MARKER)
     if marker:
         said = said.removesuffix("'>")
@@ -523,7 +538,7 @@ def error_reason(message: Message) -> str:
         reason = f"{kind[1]}: {said}" if kind else said
     elif plain := re.fullmatch(r"<class '(?:[\w.]+\.)?(\w+)'>:<'(.*)'>", reason, re.DOTALL):
         reason = f"{plain[1]}: {plain[2]}"
-    line = " ".join(reason.split())
+    line = " ".join(reason.split()) or "no reason given"
     return line if len(line) <= _REASON_LENGTH else f"{line[:_REASON_LENGTH]}..."
 
 
@@ -543,6 +558,9 @@ def read_reply(content: RecordDict, *, trained: bool) -> Reply:
     silent = header.get("silent", [])
     if not isinstance(silent, list):
         raise WireError(f"the {HEADER!r} header's list of silent layers is a {type(silent).__name__}")
+    server_round = header.get("round", 0)
+    if type(server_round) is not int:
+        raise WireError(f"the {HEADER!r} header's round is a {type(server_round).__name__}")
     return Reply(
         str(header.get("client", "")),
         str(header.get("lineage", "")),
@@ -551,6 +569,7 @@ def read_reply(content: RecordDict, *, trained: bool) -> Reply:
         statistics,
         tuple(map(str, silent)),
         _from_bytes(config[EXTRAS], "extras")[0] if EXTRAS in config else {},
+        server_round,
     )
 
 

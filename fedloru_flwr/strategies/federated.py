@@ -678,7 +678,7 @@ class FederatedStrategy(Strategy):
                 f"round {server_round}: a worker of the simulation has died, most likely for want of memory; lower the "
                 "number of workers (--num-actors), batch-size or rank, and continue with --resume"
             )
-        lineage = self.state.ledger.lineage
+        lineage, said_round = self.state.ledger.lineage, wire.template_round(template)
         likes: dict[tuple[int, str], dict[str, Tensor]] = {}
         answered = []
         for client, node_id in node_of.items():
@@ -686,7 +686,7 @@ class FederatedStrategy(Strategy):
             if (work.rank, work.half) not in likes:
                 likes[work.rank, work.half] = self._reply_like(work) if trains else {}
             like = likes[work.rank, work.half] if trains else None
-            expected = Expected(lineage, like, self.state.statistics, variates, self.settings.weighted_by)
+            expected = Expected(lineage, like, self.state.statistics, variates, self.settings.weighted_by, said_round)
             try:
                 if client not in replies:
                     raise Rejected(f"no reply within {timeout:.0f} s")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedloru_flwr import wire
 
+_LARGEST_WEIGHT = 2**53  # the sum of such weights stays finite and exact enough; no client has more examples
 Metrics = Mapping[str, int | float | list[int] | list[float]]
 
 
@@ -26,6 +27,7 @@ class Expected:
         statistics: the same for running statistics.
         extras: the same for what the method exchanges beside them.
         weighted_by: the metric that weighs the reply.
+        server_round: the round the client was asked in.
     """
 
     lineage: str
@@ -33,6 +35,7 @@ class Expected:
     statistics: Mapping[str, Tensor]
     extras: Mapping[str, Tensor]
     weighted_by: str
+    server_round: int
 
 
 class Rejected(ValueError):
@@ -58,13 +61,20 @@ def judge(message: Message, expected: Expected) -> wire.Reply:
     weight = reply.metrics.get(expected.weighted_by)
     if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
         raise Rejected(f"{expected.weighted_by} must be a positive number, got {weight!r}")
+    if weight > _LARGEST_WEIGHT:
+        raise Rejected(f"{expected.weighted_by} must be at most {_LARGEST_WEIGHT}, got {weight!r}")
     if reply.lineage != expected.lineage:
         raise Rejected(f"it worked on lineage {reply.lineage[:12] or 'unknown'}, expected {expected.lineage[:12]}")
+    if reply.server_round != expected.server_round:
+        raise Rejected(f"it answers round {reply.server_round}, expected round {expected.server_round}")
     if expected.trainables is not None:
         _check_tensors("trainable", reply.tensors, expected.trainables)
         # Statistics travel as safetensors, which knows no order.
         _check_tensors("statistics", reply.statistics, dict(sorted(expected.statistics.items())))
         _check_tensors("extra", reply.extras, dict(sorted(expected.extras.items())))
+        for name, tensor in reply.extras.items():
+            if not bool(torch.isfinite(weight * tensor).all()):
+                raise Rejected(f"extra tensor {name} is too large to be weighed by {expected.weighted_by} = {weight}")
     return reply
 
 

@@ -4,7 +4,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedloru_flwr import wire
@@ -126,20 +127,24 @@ class Orders:
         """Send contents, each with its purpose and size, and put them and the replies on the bill."""
         if not contents:
             return {}
-        messages = []
+        asked: dict[str, Message] = {}
         purposes: dict[int, tuple[str, str]] = {}
         for client, (content, purpose, size) in contents.items():
             self._bill.add("down", purpose, size)
-            messages.append(Message(content, node_of[client], self._phase))
+            asked[client] = Message(content, node_of[client], self._phase)
             purposes[node_of[client]] = (client, purpose)
         replies = {}
-        for reply in grid.send_and_receive(messages, timeout=max(0.0, deadline - time.monotonic())):
+        for reply in grid.send_and_receive(asked.values(), timeout=max(0.0, deadline - time.monotonic())):
             client, purpose = purposes[reply.metadata.src_node_id]
             if reply.has_content():
-                extras = wire.extras_bytes(reply.content)
+                try:
+                    size, extras = wire.content_bytes(reply.content), wire.extras_bytes(reply.content)
+                except (ValueError, TypeError) as error:  # only where nothing is sent: an integer of 70 bits, say
+                    size = extras = 0
+                    told = f"Flower cannot send its reply: {error}"
+                    reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, told), reply_to=asked[client])
                 self._bill.add("up", "control", extras)
-                size = wire.content_bytes(reply.content) - extras
-                self._bill.add("up", self._purpose if purpose == "repeats" else purpose, size)
+                self._bill.add("up", self._purpose if purpose == "repeats" else purpose, size - extras)
             replies[client] = reply
         return replies
 
