@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from fedloru_flwr.lowrank import Entry, digest_tensors
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DEFAULT_BYTES = 4 * 2**30
+_STATES_KEPT_SECONDS = 30 * 24 * 3600.0
 
 
 def default_store() -> "Store":
@@ -38,7 +41,8 @@ class Store:
     """What one machine holds, addressed by lineage digests.
 
     Files appear complete or not at all, and several processes may use one directory. Old files go when the
-    total exceeds ``max_bytes``; a client that misses one asks the server for it.
+    total exceeds ``max_bytes``; a client that misses one asks the server for it. Clients' own states nobody else has:
+    above the same size those go that no round has touched for 30 days, and only where they are ``durable``.
 
     Args:
         path: the directory; it is made when first written to.
@@ -155,8 +159,11 @@ class Store:
     def put_state(self, run: str, client: str, server_round: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep what ``client`` has of its own after a round: personal adapters, residuals, control variates."""
         path = self._states(run, client) / f"{server_round}.safetensors"
+        first = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_tensors(path, tensors, {"digest": digest_tensors(tensors)}, durable=self.durable)
+        if first and self.durable:
+            self._trim_states(keep=path.parent)
 
     def state(self, run: str, client: str, server_round: int) -> dict[str, Tensor] | None:
         """What the client kept after exactly this round, or None; a damaged file counts as absent."""
@@ -170,6 +177,22 @@ class Store:
         for path in self._states(run, client).glob("*.safetensors"):
             if path.stem.isdigit() and int(path.stem) < before:
                 path.unlink(missing_ok=True)
+
+    def _trim_states(self, keep: Path) -> None:
+        """Drop the states of clients and runs long since over, oldest first, while all exceed ``max_bytes``."""
+        now, found = time.time(), []
+        for directory in (self.path / "states").iterdir():
+            with contextlib.suppress(OSError):
+                status = [file.stat() for file in directory.iterdir()]
+                latest = max((one.st_mtime for one in status), default=0.0)
+                found.append((latest, sum(one.st_size for one in status), directory))
+        total = sum(size for _, size, _ in found)
+        for latest, size, directory in sorted(found):
+            if total <= self.max_bytes or now - latest < _STATES_KEPT_SECONDS:
+                return
+            if directory != keep:
+                shutil.rmtree(directory, ignore_errors=True)
+                total -= size
 
     def _trim(self, keep: Path) -> None:
         files = []

@@ -573,6 +573,13 @@ def read_reply(content: RecordDict, *, trained: bool) -> Reply:
     )
 
 
+def payload_bytes(content: RecordDict) -> int:
+    """How many bytes of tensors a message's content holds, told without parsing or serialising any of them."""
+    arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    configs = (value for record in content.config_records.values() for value in record.values())
+    return arrays + sum(len(value) for value in configs if isinstance(value, bytes | str))
+
+
 def extras_bytes(content: RecordDict) -> int:
     """How much of a message's content its extras are."""
     found = (config.get(EXTRAS) for config in content.config_records.values())

@@ -178,6 +178,29 @@ def test_what_was_just_put_stays_even_if_it_is_too_large(tmp_path):
     assert store.has_base(OTHER)
 
 
+def test_states_of_runs_long_since_over_make_room(tmp_path):
+    tensors = {"b": torch.ones(1000)}
+    store = Store(tmp_path, max_bytes=10_000)
+    for run in ("first", "second", "third"):
+        store.put_state(run, "north", 3, tensors)
+    store.put_state("first", "north", 4, tensors)
+    assert store.state("second", "north", 3) is not None, "all are of this month"
+    month = 31 * 24 * 3600
+    for age, path in enumerate(sorted((tmp_path / "states").rglob("*.safetensors"))):
+        os.utime(path, (path.stat().st_mtime - month - age,) * 2)
+    assert store.state("second", "north", 3) is not None, "what is read counts as touched"
+    store.put_state("fourth", "north", 3, tensors)
+    left = [run for run in ("first", "second", "third", "fourth") if store.state(run, "north", 3)]
+    assert left == ["second", "fourth"]
+
+    shared = Store(tmp_path / "simulation", max_bytes=1, durable=False)
+    shared.put_state("run", "0", 1, tensors)
+    for path in (tmp_path / "simulation").rglob("*.safetensors"):
+        os.utime(path, (0, 0))
+    shared.put_state("run", "1", 1, tensors)
+    assert shared.state("run", "0", 1) is not None, "a simulation's clients all belong to one run"
+
+
 def test_notes_are_not_trimmed(tmp_path):
     store = Store(tmp_path / "store", max_bytes=1)
     store.set_held(ROOT, "1", ROOT, ROOT)

@@ -37,6 +37,11 @@ class Expected:
     weighted_by: str
     server_round: int
 
+    def largest_reply(self) -> int:
+        """Bytes above which a reply is refused unread: twice those of its tensors, and 1 MiB for all else."""
+        parts = (self.trainables or {}, self.statistics, self.extras)
+        return 2**20 + 2 * sum(tensor.nbytes for part in parts for tensor in part.values())
+
 
 class Rejected(ValueError):
     """Why a reply is not used."""
@@ -52,6 +57,9 @@ def judge(message: Message, expected: Expected) -> wire.Reply:
         raise Rejected("it could not be brought to the lineage it was asked for")
     if message.has_error():
         raise Rejected(f"error {message.error.code}: {wire.error_reason(message)}")
+    size = wire.payload_bytes(message.content)
+    if size > (limit := expected.largest_reply()):
+        raise Rejected(f"it has {size} bytes, more than the {limit} that such a reply may have")
     try:
         reply = wire.read_reply(message.content, trained=expected.trainables is not None)
     except wire.WireError as error:

@@ -54,15 +54,14 @@ class Doors:
 
         setattr(owner, name, guarded)
 
-    def build(self):
-        """Put up the doors of all phases."""
+    def build(self, grid):
+        """Put up the doors of all phases, for a class of grids."""
         from fedloru_flwr import job
-        from fedloru_flwr.engines.in_process import InProcessGrid
         from fedloru_flwr.runs import RunDirectory
         from fedloru_flwr.strategies import FederatedStrategy, federated
         from fedloru_flwr.strategies.inner import InnerStrategy
 
-        self.around(InProcessGrid, "push_messages", "sending")
+        self.around(grid, "push_messages", "sending")
         self.around(InnerStrategy, "aggregate_train", "aggregating")
         self.around(federated, "step", "accumulating", lambda *_, accumulate_now, **__: accumulate_now)
         self.around(RunDirectory, "write_checkpoint", "writing a checkpoint")
@@ -83,7 +82,9 @@ def child(directory, settings, doors):
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        doors.build()
+        from fedloru_flwr.engines.in_process import InProcessGrid
+
+        doors.build(InProcessGrid)
         run_job(directory, settings)
     except BaseException:
         traceback.print_exc()

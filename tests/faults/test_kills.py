@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import mortal_server
 import pytest
 from mortal_jobs import PHASES
 
 import fedloru_flwr
+from fedloru_flwr.engines import app_dir
 from fedloru_flwr.runs import RunDirectory
 
 TRIALS = 90
@@ -199,3 +201,51 @@ def test_ninety_killed_jobs_of_ninety_continue_as_if_nothing_had_happened(lives,
     assert sum(killed.values()) >= TRIALS, "nearly every life was cut short"
     assert all(killed[phase] >= 10 for phase in PHASES), killed
     assert all(inside[phase] >= 3 for phase in PHASES), inside
+
+
+ON_RAY = (
+    ("fedloru", {}),
+    ("pfedloru", JOBS["pfedloru"]),
+    ("fedavg, SCAFFOLD", {**JOBS["fedavg, SCAFFOLD"], "accumulate-every": 0}),
+)
+
+
+def drawn_on_ray(index):
+    """Each phase twice: at the very door, and a while after it."""
+    rng = random.Random(f"on Ray {index}")
+    name, more = ON_RAY[index % len(ON_RAY)]
+    phase = PHASES[index % len(PHASES)]
+    if phase == "accumulating" and more.get("accumulate-every") == 0:
+        name, more = ON_RAY[0]
+    return name, more, Kill(phase, rng.random(), 0.0 if index < len(PHASES) else 0.05 * rng.random())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_jobs_killed_on_ray_of_ten_continue_as_if_nothing_had_happened(lives, tmp_path, monkeypatch):
+    table = app_dir.app_table()
+    monkeypatch.setattr(
+        app_dir,
+        "app_table",
+        lambda: {**table, "components": {**table["components"], "serverapp": "mortal_server:app"}},
+    )
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    expected = {}
+    for index in range(10):
+        name, more, kill = drawn_on_ray(index)
+        settings = {**SMALL, **more, "batched": False}
+        if name not in expected:
+            whole = tmp_path / f"whole {len(expected)}"
+            whole.mkdir()
+            life = lives.live(directory=str(whole), settings=settings)
+            expected[name] = left_behind(whole), life["doors"]
+        left, doors = expected[name]
+        settings |= {"output-dir": str(tmp_path / str(index)), "run-name": "run"}
+        with monkeypatch.context() as patch:
+            patch.setenv(mortal_server.PHASE, kill.phase)
+            patch.setenv(mortal_server.DOOR, str(1 + int(kill.where * doors[kill.phase])))
+            patch.setenv(mortal_server.DELAY, str(kill.delay))
+            with pytest.raises(fedloru_flwr.RunFailedError, match="lost"):
+                fedloru_flwr.run(config=settings, engine="flower", num_actors=2, on_line=lambda line: None)
+        fedloru_flwr.run(config=settings, engine="flower", resume="auto", num_actors=2, on_line=lambda line: None)
+        assert left_behind(tmp_path / str(index)) == left, (index, name, kill)
