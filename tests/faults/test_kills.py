@@ -221,7 +221,7 @@ def drawn_on_ray(index):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_ten_jobs_killed_on_ray_of_ten_continue_as_if_nothing_had_happened(lives, tmp_path, monkeypatch):
     table = app_dir.app_table()
     monkeypatch.setattr(
