@@ -5,6 +5,7 @@ From the received ``A (r, in)``, ``B (out, r)`` it learns ``A + s_A A_d A_u`` an
 ``r_k (in + out + 2 r)`` numbers a layer instead of ``r (in + out)``.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedloru_flwr.clients.method import ClientMethod, Site
-from fedloru_flwr.lowrank import uniform
+from fedloru_flwr.lowrank import orthonormal_rows, uniform
 from fedloru_flwr.models.layout import Layout, nested_keys, shapes
 
 
@@ -28,22 +29,26 @@ class MFedLoRU(ClientMethod):
         return replace(site.plan.layout(), nested_rank=self._nested(site), nested_scale=scale)
 
     def start(self, site: Site) -> dict[str, Tensor]:
-        """The received pair and a fresh nested one: ``A_d = 0``, ``B_d = 0``, so that it adds nothing yet.
+        """The received pair and a fresh nested one that adds nothing yet.
 
-        ``A_u`` and ``B_u`` are drawn anew in each round, the same for all clients, from ``U(-1/sqrt(n), 1/sqrt(n))``,
-        ``n`` being their number of columns.
+        The large parts are zero: ``A_u = 0``, ``B_d = 0``. The small ones, ``A_d (r, r_k)`` and ``B_u (r_k, r)``, are
+        ``r_k`` vectors at right angles, of length ``sqrt(r / r_k)``, drawn anew for each client and round. So the first
+        step of plain descent moves ``A`` and ``B`` by a projection of what it would move them by without nesting, whose
+        mean over the draws is that whole step (for ``s_A = s_B = 1``).
         """
         values = super().start(replace(site, work=replace(site.work, rank=0)))
-        if not self._nested(site):
+        if not (inner := self._nested(site)):
             return values
         for layer in site.plan.layers:
             of = dict(shapes(layer, self.layout(site)))
-            for down, up in (nested_keys(layer)[:2], nested_keys(layer)[2:]):
-                values[down] = torch.zeros(of[down])
-                columns = torch.Size(of[up][1:]).numel()
-                values[up] = uniform(
-                    site.settings.seed, "nested", site.server_round, up, shape=of[up], bound=columns**-0.5
-                )
+            a_down, a_up, b_down, b_up = nested_keys(layer)
+            values |= {key: torch.zeros(of[key]) for key in (a_up, b_down)}
+            for key in (a_down, b_up):
+                whole = max(of[key])
+                where = ("nested", site.server_round, site.client, key)
+                drawn = uniform(site.settings.seed, *where, shape=(inner, whole), bound=1.0)
+                vectors = math.sqrt(whole / inner) * orthonormal_rows(drawn)
+                values[key] = vectors.T.contiguous() if key == a_down else vectors
         return values
 
     def trained(self, site: Site) -> tuple[str, ...]:

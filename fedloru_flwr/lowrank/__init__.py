@@ -20,6 +20,7 @@ from fedloru_flwr.lowrank.factors import (
     frozen_a,
     initial_factors,
     initial_hadamard,
+    orthonormal_rows,
     product,
     truncate,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "initial_factors",
     "initial_hadamard",
     "mean_product",
+    "orthonormal_rows",
     "pad",
     "product",
     "residual",

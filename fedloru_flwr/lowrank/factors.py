@@ -321,11 +321,11 @@ def frozen_a(
             shape=layer.a_shape(rank),
             bound=1.0 / math.sqrt(layer.in_features),
         )
-        adapter[layer.a_key] = _orthonormal_rows(a) if orthonormal else a
+        adapter[layer.a_key] = orthonormal_rows(a) if orthonormal else a
     return adapter
 
 
-def _orthonormal_rows(a: Tensor) -> Tensor:
+def orthonormal_rows(a: Tensor) -> Tensor:
     """Gram and Schmidt's process in float64, so that rounding to float32 gives the same on every machine."""
     rows = a.reshape(len(a), -1).double()
     done: list[Tensor] = []

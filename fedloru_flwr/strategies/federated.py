@@ -16,7 +16,6 @@ from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypedDict
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -37,6 +36,7 @@ from fedloru_flwr.strategies.judging import (
     Rejected,
     WorkerDiedError,
     judge,
+    norm_of,
     reject_absurd_updates,
     reject_odd_metrics,
 )
@@ -717,7 +717,10 @@ class FederatedStrategy(Strategy):
             client: self._common_form(exchange.work[client], reply.tensors)
             for client, (_, reply) in exchange.good.items()
         }
-        norms = {client: self._update_norm(tensors) for client, tensors in exchange.common.items()}
+        norms = {
+            client: self._update_norm(exchange.work[client], exchange.common[client], reply.tensors)
+            for client, (_, reply) in exchange.good.items()
+        }
         # Under differential privacy updates are clipped, and noise may throw the model, and then them, far off.
         ratio = 0.0 if self.inner.is_private() else self.max_norm_ratio
         refused = reject_absurd_updates(norms, self._memory.norms, ratio)
@@ -730,12 +733,9 @@ class FederatedStrategy(Strategy):
         if norms:
             self._memory.norms = [*self._memory.norms, statistics.median(norms.values())][-_NORMS_KEPT:]
 
-    def _update_norm(self, tensors: Mapping[str, Tensor]) -> float:
-        squares = (
-            torch.linalg.vector_norm(tensor - self.state.trainables[key], dtype=torch.float64).item() ** 2
-            for key, tensor in tensors.items()
-        )
-        return math.sqrt(sum(squares))
+    def _update_norm(self, work: wire.Work, common: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> float:
+        """``||x_k - x||`` over everything a client has trained."""
+        return norm_of(tensor - self.state.trainables[key] for key, tensor in common.items())
 
     def _for_inner(self, exchange: _Exchange) -> list[Message]:
         """The good replies as plain Flower would have them."""

@@ -8,6 +8,7 @@ it has missed, ``sum_k r_k (in + out)`` each (or the layer's product where that 
 smaller.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -18,6 +19,7 @@ from fedloru_flwr import wire
 from fedloru_flwr.lowrank import Adapter, stacked
 from fedloru_flwr.lowrank.aggregation import shares
 from fedloru_flwr.strategies.federated import Received
+from fedloru_flwr.strategies.judging import norm_of
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
 from fedloru_flwr.strategies.state import Outcome, ServerState, fresh_factors
 
@@ -45,6 +47,11 @@ class FLoRA(LowRankStrategy):
 
     def _common_form(self, work: wire.Work, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: tensors[key] for key in self.state.trainables}
+
+    def _update_norm(self, work: wire.Work, common: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> float:
+        drawn = fresh_factors(self.state.base, self.plan, self.seed, self.state.draw, work.rank or None)
+        factors = norm_of(sent[key] - drawn[key] for key in self.plan.factor_keys)
+        return math.hypot(super()._update_norm(work, common, sent), factors)
 
     def _adapter_of(self, received: Received) -> Mapping[str, Tensor]:
         return {key: received.tensors[key] for key in self.plan.factor_keys}

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +114,11 @@ def reject_absurd_updates(norms: Mapping[str, float], earlier: Sequence[float], 
         for client, norm in norms.items()
         if norm > ratio * usual
     }
+
+
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all of them together, in float64."""
+    return math.sqrt(sum(torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2 for tensor in tensors))
 
 
 def _shape(metrics: Metrics) -> tuple[tuple[str, int], ...]:

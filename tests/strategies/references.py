@@ -250,7 +250,10 @@ class HetLoRA(Reference):
 
 
 class MFedLoRU(Reference):
-    """A smaller client trains ``A + s_A A_d A_u``, ``B + s_B B_d B_u``; ``nested(round, layer, r_k)`` draws the ups."""
+    """A smaller client trains ``A + s_A A_d A_u``, ``B + s_B B_d B_u``.
+
+    ``nested(round, client, layer, r_k)`` draws ``A_d`` and ``B_u``.
+    """
 
     def client(self, client):
         r, small = self.rank(client), self.more["nested_scale"]
@@ -259,9 +262,9 @@ class MFedLoRU(Reference):
             return super().client(client)
         start, keys = self.start(client), list(self.dense)
         for layer in self.layers:
-            b = self.factors[f"{layer}.lora_B"]
-            a_up, b_up = self.more["nested"](self.round, layer, r)
-            start |= {f"{layer}.a_down": torch.zeros(whole, r), f"{layer}.a_up": a_up}
+            a, b = self.factors[f"{layer}.lora_A"], self.factors[f"{layer}.lora_B"]
+            a_down, b_up = self.more["nested"](self.round, client, layer, r)
+            start |= {f"{layer}.a_down": a_down, f"{layer}.a_up": torch.zeros(r, *a.shape[1:])}
             start |= {f"{layer}.b_down": torch.zeros(len(b), r), f"{layer}.b_up": b_up}
             keys += [f"{layer}.{part}" for part in ("a_down", "a_up", "b_down", "b_up")]
         values = self.descend(client, start, keys, self.steps)

@@ -23,7 +23,7 @@ from toy_federation import (
 
 from fedloru_flwr import wire
 from fedloru_flwr.runs import RunDirectory
-from fedloru_flwr.strategies import FedAvg, FedLoRU
+from fedloru_flwr.strategies import FedAvg, FedHM, FedLoRU, FlexLoRA, FLoRA, MFedLoRU, RoLoRA
 from fedloru_flwr.strategies.judging import reject_absurd_updates, reject_odd_metrics
 
 NET = seeded(ConvNet)
@@ -188,6 +188,18 @@ def test_an_absurdly_large_update_is_dropped_and_leaves_no_trace(server_round):
             )
     if server_round is None:
         assert same(strategy.merged_state_dict(), without().merged_state_dict())
+
+
+@pytest.mark.parametrize("strategy_class", [FLoRA, FlexLoRA, FedHM, RoLoRA, MFedLoRU], ids=lambda one: one.__name__)
+def test_absurdly_large_factors_are_noticed_whatever_the_server_makes_of_them(strategy_class):
+    def enlarge(tensors):
+        return {key: 1e6 * tensor if "lora_" in key else tensor for key, tensor in tensors.items()}
+
+    grid = WatchedGrid(client_app(NET, tamper=spoil(arrays(enlarge), server_round=2)), 4)
+    ranks = {"ranks": "2:0.5,1:0.5"} if strategy_class in (FLoRA, MFedLoRU) else {}
+    federate(strategy_class(NET, rank=2, target_modules=("stem", "hidden"), **ranks, **usual()), grid, 3)
+    assert [list(row["failures"]) for row in grid.watch.rows] == [[], [BAD], []]
+    assert "max-norm-ratio" in grid.watch.rows[1]["failures"][BAD]
 
 
 def test_how_large_is_absurd_is_a_setting_and_0_lets_everything_pass():

@@ -1,5 +1,6 @@
 """Every algorithm of the registry against itself in plain torch: the models, and what clients keep of their own."""
 
+import math
 from collections import defaultdict
 
 import pytest
@@ -126,13 +127,14 @@ def drawn_by_clients(strategy, args):
         pairs = initial_factors(layers, SEED, 0, rank=personal_rank, label=f"personal {client}")
         return {key.replace("lora_", "personal_"): value for key, value in pairs.items()}
 
-    def nested(server_round, name, rank):
+    def nested(server_round, client, name, rank):
         (layer,) = [one for one in layers if one.name == name]
-        shapes = {f"{layer.a_key}_up": layer.a_shape(rank), f"{layer.b_key}_up": (rank, layer.rank)}
-        return [
-            uniform(SEED, "nested", server_round, key, shape=shape, bound=shape[1:].numel() ** -0.5)
-            for key, shape in ((key, torch.Size(shape)) for key, shape in shapes.items())
-        ]
+        vectors = []
+        for key in (f"{layer.a_key}_down", f"{layer.b_key}_up"):
+            drawn = uniform(SEED, "nested", server_round, str(client), key, shape=(rank, layer.rank), bound=1.0)
+            q, r = torch.linalg.qr(drawn.double().T)
+            vectors.append((math.sqrt(layer.rank / rank) * q * r.diagonal().sign()).float())
+        return vectors[0], vectors[1].T
 
     return {
         "personal": personal,
