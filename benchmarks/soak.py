@@ -4,7 +4,8 @@
 
     python benchmarks/soak.py --clients 400 --rounds 300
 
-Prints the resident memory after rounds 30, 100 and 300, and the last over the first. Every client of a round drops out
+Prints the resident memory after rounds 30, 100 and 300, and the last over the first; ends with status 1 where that is
+above 1.1. Every client of a round drops out
 with a probability of one in five: half of these fail before they train, half lose their reply after it.
 """
 
@@ -134,6 +135,8 @@ def main() -> None:
         first, *_, last = gauge.resident
         ratio = gauge.resident[last] / gauge.resident[first]
         print(f"resident memory after round {last} over that after round {first}: {ratio:.3f}")
+        if ratio > 1.1:
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

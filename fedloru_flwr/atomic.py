@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import json
 import math
 import os
+import platform
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ _DTYPE_NAMES = {
     torch.int64: "I64",
     torch.uint64: "U64",
 }
+_HOST = hashlib.sha256(f"{platform.node()} {uuid.getnode()}".encode()).hexdigest()[:12]
 _DTYPE_RANKS = {dtype: rank for rank, dtype in enumerate(_DTYPE_NAMES)}
 
 
@@ -148,14 +152,17 @@ def remove_leftovers(directory: str | os.PathLike[str], name: str | None = None)
     """Remove the temporary files that killed processes left in ``directory``, for one file name or for all."""
     pattern = f".{glob.escape(name)}.*.tmp" if name is not None else ".*.tmp"
     for leftover in Path(directory).glob(pattern):
-        process_id = leftover.name.split(".")[-2]
-        if process_id.isdigit() and not _is_running(int(process_id)):
+        host, _, process_id = leftover.name.split(".")[-2].rpartition("-")
+        if host == _HOST and process_id.isdigit() and not _is_running(int(process_id)):
             _unlink_if_possible(leftover)
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the name under which this process prepares ``path``: ``.<name>.<pid>.tmp`` beside it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Return the name under which this process prepares ``path``: ``.<name>.<host>-<pid>.tmp`` beside it.
+
+    Machines and containers that share a directory have process ids in common, but not the host.
+    """
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
 
 
 def _write_chunks(path: Path, *parts: Iterable[bytes | memoryview], durable: bool = True) -> None:

@@ -94,9 +94,7 @@ class RunConfig:
     personal_alpha: float = _setting(0.0, "pfedloru: alpha of the personal pair; 0 takes the global scale", low=0)
     global_epochs: int = _setting(0, "pfedloru: epochs of the global pair; 0 is the rest of local-epochs", low=0)
     personal_epochs: int = _setting(0, "pfedloru: epochs of the personal pair; 0 is a quarter of local-epochs", low=0)
-    nested_scale: float = _setting(
-        1.0, "mfedloru: s_A = s_B of nested pairs; 1: as fast as the whole pair", above=0
-    )
+    nested_scale: float = _setting(1.0, "mfedloru: s_A = s_B of nested pairs; 1: as fast as the whole pair", above=0)
     proximal_mu: float = _setting(0.0, "FedProx: mu of mu/2 ||w - w_0||^2 in the clients' loss; 0 is none", low=0)
     scaffold: bool = _setting(False, "SCAFFOLD: exchange control variates")
     server_optimizer: str = _setting(

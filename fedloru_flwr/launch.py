@@ -163,10 +163,10 @@ def _run_on_flower(
             summary = run.read_summary() or {}
             if not str(summary.get("error", "")).startswith("WorkerDiedError"):
                 raise RuntimeError(f"the run ended as {outcome.status}: {outcome.details}")
-            workers = num_actors or os.cpu_count() or 1
+            workers = num_actors or _cpus_of_ray()
             if summary["rounds"] <= rounds_before:
-                # Again in the same round: fewer workers need less memory.
-                if workers == 1:
+                # Again in the same round: fewer workers need less memory. A cluster's are not ours to choose.
+                if workers == 1 or os.environ.get("RAY_ADDRESS", "local") != "local":
                     raise RuntimeError(summary["error"])
                 num_actors = workers // 2
             rounds_before = summary["rounds"]
@@ -175,6 +175,13 @@ def _run_on_flower(
                 f"simulation with {num_actors or workers} workers"
             )
             config = dataclasses.replace(config, resume=str(run.path))
+
+
+def _cpus_of_ray() -> int:
+    """As many as Ray starts workers by itself: those of the container, not of the machine."""
+    from ray._private.utils import get_num_cpus
+
+    return max(1, int(get_num_cpus()))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -30,7 +31,7 @@ from torch import Tensor
 from fedloru_flwr.lowrank import Entry
 from fedloru_flwr.lowrank.forms import FORMS, Form
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 INLINE_LIMIT = 2**20
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
@@ -51,6 +52,7 @@ _DEAD_WORKER = re.compile(
     r"<class 'ray\.exceptions\.(ActorDied|ActorUnavailable|RayActor|WorkerCrashed|OutOfMemory)Error'>"
 )
 _REASON_LENGTH = 400
+_NAME_LENGTH = 200
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -162,6 +164,7 @@ class Reply:
     silent_layers: tuple[str, ...]
     extras: dict[str, Tensor] = field(default_factory=dict)
     server_round: int = 0
+    lost_state: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ class Answer:
     client: str
     held: str
 
-    _PATTERN = re.compile(r"fedloru-answer kind=([a-z-]+) client=(\S*) held=([0-9a-f]*)\.")
+    _PATTERN = re.compile(r"fedloru-answer kind=([a-z-]+) client=(\S*) held=([0-9a-f]{0,64})\.")
 
     def __str__(self) -> str:
         return f"fedloru-answer kind={self.kind} client={urllib.parse.quote(self.client, safe='')} held={self.held}."
@@ -190,7 +193,7 @@ class Answer:
         if match is None or match[1] not in ("need-base", "stored"):
             return None
         kind: AnswerKind = "need-base" if match[1] == "need-base" else "stored"
-        return cls(kind, urllib.parse.unquote(match[2]), match[3])
+        return cls(kind, urllib.parse.unquote(match[2])[:_NAME_LENGTH], match[3])
 
 
 def is_frozen(key: str, half: Half) -> bool:
@@ -483,6 +486,7 @@ def reply_content(
     statistics: Mapping[str, Tensor] | None = None,
     silent_layers: Sequence[str] = (),
     extras: Mapping[str, Tensor] | None = None,
+    lost_state: bool = False,
 ) -> RecordDict:
     """A client's reply; ``tensors`` for training, None for evaluation."""
     header = {
@@ -493,6 +497,8 @@ def reply_content(
     }
     if silent_layers:
         header["silent"] = list(silent_layers)
+    if lost_state:
+        header["lost-state"] = True
     config = ConfigRecord({HEADER: json.dumps(header, separators=(",", ":"))})
     if statistics:
         config[STATISTICS] = _to_bytes(statistics)
@@ -520,8 +526,13 @@ def find_answer(message: Message) -> Answer | None:
 
 
 def worker_died(message: Message) -> bool:
-    """Whether it is a simulation's answer for a client whose Ray worker has died (of memory, or a crash)."""
-    return message.has_error() and _DEAD_WORKER.match(message.error.reason or "") is not None
+    """Whether it is a simulation's answer for a client whose Ray worker has died (of memory, or a crash).
+
+    Ask only in a simulation: in a deployment the text is the client's own.
+    """
+    if not message.has_error() or message.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
+        return False
+    return _DEAD_WORKER.match(message.error.reason or "") is not None
 
 
 def error_reason(message: Message) -> str:
@@ -562,7 +573,7 @@ def read_reply(content: RecordDict, *, trained: bool) -> Reply:
     if type(server_round) is not int:
         raise WireError(f"the {HEADER!r} header's round is a {type(server_round).__name__}")
     return Reply(
-        str(header.get("client", "")),
+        _client_name(header.get("client", "")),
         str(header.get("lineage", "")),
         tensors,
         dict(metric_records[0]),
@@ -570,6 +581,7 @@ def read_reply(content: RecordDict, *, trained: bool) -> Reply:
         tuple(map(str, silent)),
         _from_bytes(config[EXTRAS], "extras")[0] if EXTRAS in config else {},
         server_round,
+        header.get("lost-state") is True,
     )
 
 
@@ -623,10 +635,16 @@ def enrolment_reply(query: RecordDict, enrolment: Enrolment) -> RecordDict:
 def read_enrolment(content: RecordDict) -> Enrolment:
     """Parse what a client told of itself."""
     header = _parse_header(_only_config(content)[1])
-    client = header.get("client")
-    if not isinstance(client, str) or not client:
-        raise WireError(f"a client's identity must be a text, got {client!r}")
+    client = _client_name(header.get("client"))
+    if not client:
+        raise WireError("a client's identity must not be empty")
     rank = header.get("rank", 0)
     if type(rank) is not int or not 0 <= rank < 2**31:
         raise WireError(f"a client's largest rank must be a whole number, got {str(rank)[:80]!r}")
-    return Enrolment(client, str(header.get("version", "")), rank)
+    return Enrolment(client, str(header.get("version", ""))[:_NAME_LENGTH], rank)
+
+
+def _client_name(raw: object) -> str:
+    if not isinstance(raw, str) or len(raw) > _NAME_LENGTH:
+        raise WireError(f"a client's identity must be a text of at most {_NAME_LENGTH} letters, got {str(raw)[:80]!r}")
+    return raw

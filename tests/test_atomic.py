@@ -57,14 +57,18 @@ def test_what_cannot_be_json_leaves_the_old_file(tmp_path):
 
 
 def test_the_next_write_removes_the_leftovers_of_dead_processes_only(tmp_path, dead_process_id):
-    mine, other_name = f".a.txt.{dead_process_id}.tmp", f".b.txt.{dead_process_id}.tmp"
-    alive, foreign = f".a.txt.{os.getppid()}.tmp", ".a.txt.notes.tmp"
-    for name in (mine, other_name, alive, foreign):
+    def temporary(name, process_id):
+        return atomic.temporary_path(tmp_path / name).name.replace(f"-{os.getpid()}.", f"-{process_id}.")
+
+    mine, other_name = temporary("a.txt", dead_process_id), temporary("b.txt", dead_process_id)
+    alive, foreign = temporary("a.txt", os.getppid()), ".a.txt.notes.tmp"
+    elsewhere = f".a.txt.another0host-{dead_process_id}.tmp"
+    for name in (mine, other_name, alive, foreign, elsewhere):
         (tmp_path / name).write_text("half")
     atomic.write_text(tmp_path / "a.txt", "whole")
-    assert hidden_files(tmp_path) == sorted([other_name, alive, foreign])
+    assert hidden_files(tmp_path) == sorted([other_name, alive, foreign, elsewhere])
     atomic.remove_leftovers(tmp_path)
-    assert hidden_files(tmp_path) == sorted([alive, foreign])
+    assert hidden_files(tmp_path) == sorted([alive, foreign, elsewhere])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ momentum, clipping and any other optimiser too. The client sends ``g_k - c_k``.
 
 A control variate of a factor belongs to that factor: where the factors have been drawn anew since, it counts as zero.
 Those of dense leaves carry on.
+
+A client whose ``c_k`` is lost, with its disk, goes on from ``c``, the mean of all: the server's sum stays off by what
+its ``c_k`` differed from the mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +29,12 @@ def _own(site: Site, key: str) -> Tensor | None:
     return site.state.get(_name(site, key))
 
 
+def _before(site: Site, key: str, extras: Mapping[str, Tensor]) -> Tensor | None:
+    """``c_k`` as the client has it, or in place of one that is lost ``c``; None for zero."""
+    own = _own(site, key)
+    return extras[f"{CONTROL}{key}"] if own is None and site.lost_state else own
+
+
 def correction(site: Site, keys: Sequence[str], extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``c - c_k`` for what is trained; a client without a ``c_k`` has zero.
 
@@ -34,9 +43,10 @@ def correction(site: Site, keys: Sequence[str], extras: Mapping[str, Tensor]) ->
     """
     corrections = {}
     for key in keys:
-        shared, own = extras.get(f"{CONTROL}{key}"), _own(site, key)
+        shared = extras.get(f"{CONTROL}{key}")
         if shared is None or shared.shape != site.received.get(key, shared).shape:
             raise ValueError(f"the order has no control variate for {key}, or one of another shape")
+        own = _before(site, key, extras)
         corrections[key] = shared if own is None else shared - own
     return corrections
 
@@ -51,7 +61,7 @@ def new_control(
         if own is not None:
             kept[_name(site, key)] = own
     for key in keys:
-        own = _own(site, key)
+        own = _before(site, key, extras)
         new = gradients.get(key)
         if new is None:  # nothing flowed there
             new = torch.zeros_like(extras[f"{CONTROL}{key}"])

@@ -38,6 +38,11 @@ class Site:
     client: str
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def lost_state(self) -> bool:
+        """Whether it kept something of its own that is gone."""
+        return bool(self.work.run) and self.work.counted > 0 and not self.state
+
 
 class ClientMethod:
     """Factors or dense leaves as they come, trained and sent back: FedAvg, FedLoRA, FedLoRU and most others.

@@ -356,6 +356,7 @@ class Contact:
             statistics=statistics,
             silent_layers=result.silent,
             extras=extras,
+            lost_state=self._own_state and self.site.lost_state,
         )
         return Message(content, reply_to=self.message)
 

@@ -12,6 +12,7 @@ carry a digest of their content, so that a file which the disk has damaged is no
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -68,6 +69,17 @@ class Checkpoints:
         """See `RunDirectory.write_checkpoint`."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
+        self.write_parts(parts)
+        path = self._directory / f"round-{server_round:06d}.safetensors"
+        content = {"round": server_round, "names": list(tensors), "parts": list(parts), "state": state}
+        text = json.dumps(content)
+        metadata = {"checkpoint": text, "digest": _digest(tensors, text)}
+        atomic.write_tensors(path, tensors, metadata)
+        self._clean(server_round, keep)
+        return path
+
+    def write_parts(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write the parts that are not there yet, ahead of the checkpoint that will name them."""
         if odd := [name for name in parts if not name.isalnum()]:
             raise ValueError(f"a part's name may have letters and digits only, got {odd[0]!r}")
         self._directory.mkdir(exist_ok=True)
@@ -76,12 +88,6 @@ class Checkpoints:
             if not path.exists():
                 self._parts.mkdir(exist_ok=True)
                 atomic.write_tensors(path, part, {"digest": digest_tensors(part)})
-        path = self._directory / f"round-{server_round:06d}.safetensors"
-        content = {"round": server_round, "names": list(tensors), "parts": list(parts), "state": state}
-        metadata = {"checkpoint": json.dumps(content), "digest": digest_tensors(tensors)}
-        atomic.write_tensors(path, tensors, metadata)
-        self._clean(server_round, keep)
-        return path
 
     def newest(self) -> Checkpoint | None:
         """Return the newest that can be read, or None if there is none.
@@ -139,9 +145,15 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
 
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Of all that a file holds; of a part, which has no text, the digest of its tensors."""
+    told = digest_tensors(tensors)
+    return hashlib.sha256(f"{told}{text}".encode()).hexdigest() if text else told
+
+
 def _read_verified(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, metadata = atomic.read_tensors(path)
-    if metadata["digest"] != digest_tensors(tensors):
+    if metadata["digest"] != _digest(tensors, metadata.get("checkpoint", "")):
         raise ValueError(f"{path.name} does not match its digest")
     return tensors, metadata
 

@@ -186,6 +186,10 @@ class RunDirectory:
             raise ValueError(f"summary.json needs {', '.join(missing)}")
         atomic.write_json(self.path / "summary.json", {**{key: summary[key] for key in SUMMARY_KEYS}, **summary})
 
+    def remove_summary(self) -> None:
+        """Remove the summary: the run goes on."""
+        (self.path / "summary.json").unlink(missing_ok=True)
+
     def read_summary(self) -> dict[str, Any] | None:
         """Return the summary, or None while the run has not ended."""
         return self._read_object("summary.json")
@@ -217,6 +221,10 @@ class RunDirectory:
             keep: at least 1.
         """
         return self._checkpoints.write(server_round, tensors, state, parts or {}, keep=keep)
+
+    def write_parts(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Save parts ahead of the next checkpoint, which names them (see `write_checkpoint`)."""
+        self._checkpoints.write_parts(parts)
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """Return the newest checkpoint that can be read, or None if there is none.

@@ -13,7 +13,7 @@ from flwr.common.logger import log
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from fedloru_flwr.lowrank import digest_tensors
+from fedloru_flwr.lowrank import Ledger, digest_tensors
 from fedloru_flwr.runs import Checkpoint, RunDirectory, round_line, versions
 from fedloru_flwr.strategies.state import ServerState, state_to_checkpoint
 
@@ -47,6 +47,8 @@ class Memory:
         examples: SCAFFOLD's ``n_k``.
         evaluation_off: they have no evaluate function.
         norms: the medians of the last rounds' updates' norms.
+        nodes: the node on which each was last, by its name, as far as it has said so itself.
+        budgets: the largest rank each can train, where it has said so.
     """
 
     token: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -56,6 +58,8 @@ class Memory:
     examples: dict[str, float] = field(default_factory=dict)
     evaluation_off: bool = False
     norms: list[float] = field(default_factory=list)
+    nodes: dict[str, int] = field(default_factory=dict)
+    budgets: dict[str, int] = field(default_factory=dict)
 
     def copy(self) -> Self:
         """A copy that later rounds do not change."""
@@ -66,6 +70,8 @@ class Memory:
             counted=dict(self.counted),
             examples=dict(self.examples),
             norms=list(self.norms),
+            nodes=dict(self.nodes),
+            budgets=dict(self.budgets),
         )
 
     def as_saved(self) -> dict[str, Any]:
@@ -127,6 +133,7 @@ class Books:
         self._counted_before: list[dict[str, int]] = []
         self._previous: dict[str, Any] | None = None
         self._first_round = 0
+        self._saved_round = -1
         self.result = Result()
 
     def open(self, settings: Mapping[str, Any], root: str, stateful: str | None) -> Found | None:
@@ -183,6 +190,7 @@ class Books:
         """Write down what the run is; one that is continued goes back to the checkpoint ``found``."""
         if self._run is None:
             return
+        self._run.remove_summary()  # it tells of an earlier end
         # Without a checkpoint: killed before its first one.
         self._run.truncate_rounds(-1 if found is None else found.checkpoint.server_round)
         if found is not None:
@@ -191,7 +199,7 @@ class Books:
             for name in _RESULTS:
                 there = {int(key): MetricRecord(value) for key, value in saved[name].items()}
                 getattr(self.result, name).update(there)
-            self._first_round = server_round
+            self._first_round = self._saved_round = server_round
             rows = self._run.read_rounds()
             self._previous = next((row for row in rows if row["round"] == server_round), None)
             log(INFO, "continuing after round %d", server_round)
@@ -234,6 +242,11 @@ class Books:
         # What the checkpoint before the last one refers to is kept: the last one may turn out damaged.
         return self._counted_before[0].get(client, 0) if len(self._counted_before) > 1 else 0
 
+    def keep_entries(self, ledger: Ledger) -> None:
+        """Write the ledger's entries before any message carries a new one."""
+        if self._run is not None:
+            self._run.write_parts({entry.digest: entry.adapter for entry in ledger.entries})
+
     def checkpoint(self, now: Snapshot, settings: Mapping[str, Any]) -> None:
         """Write what the run needs to go on.
 
@@ -245,7 +258,8 @@ class Books:
             return
         done = now.state.server_round
         tensors, saved, entries = state_to_checkpoint(now.state)
-        before = [*self._counted_before, dict(now.memory.counted)][-2:]
+        earlier = self._counted_before[:-1] if self._saved_round == done else self._counted_before
+        before = [*earlier, dict(now.memory.counted)][-2:]
         results = {
             name: {str(key): dict(value) for key, value in getattr(self.result, name).items() if key <= done}
             for name in _RESULTS
@@ -256,7 +270,7 @@ class Books:
             {"settings": settings, **saved, "memory": now.memory.as_saved(), "counted_before": before, **results},
             entries,
         )
-        self._counted_before = before
+        self._counted_before, self._saved_round = before, done
 
     def close(
         self, state: ServerState, model: Mapping[str, Tensor], full_bytes: tuple[int, int], facts: Mapping[str, Any]

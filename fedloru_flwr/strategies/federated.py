@@ -21,6 +21,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import Result, Strategy
+from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from torch import Tensor, nn
 
 from fedloru_flwr import wire
@@ -245,6 +246,7 @@ class FederatedStrategy(Strategy):
         self.evaluate_every = evaluate_every
         self._evaluate_all_at_end = evaluate_all_at_end
         self._measure_aggregation = measure_aggregation
+        self._train_config: dict[str, object] = {}
         self.max_failure_fraction = max_failure_fraction
         self.max_norm_ratio = max_norm_ratio
         self.fraction_train = fraction_train
@@ -316,6 +318,11 @@ class FederatedStrategy(Strategy):
                     "are drawn anew every round, so that what is remembered of them is always zero; accumulate less "
                     "often"
                 )
+        if self.inner.is_private() and self.scaffold:
+            raise ValueError(
+                f"{type(self.inner.strategy).__name__} cannot be combined with scaffold=True: control variates are "
+                "clients' mean gradients, which travel and are averaged without clipping and noise"
+            )
         if self.inner.is_private() and self.plan.statistics:
             names = ", ".join(sorted({name.rpartition(".")[0] for name in self.plan.statistics})[:3])
             raise ValueError(
@@ -415,6 +422,7 @@ class FederatedStrategy(Strategy):
         result.arrays = self.initial_arrays()
         if self.state.server_round > 0:
             raise RuntimeError("this strategy has run already: build a new one, or continue its run with resume")
+        self._train_config = dict(sorted((train_config or {}).items()))
         self._open_run()
         self._remember()
         try:
@@ -449,6 +457,8 @@ class FederatedStrategy(Strategy):
             begun = time.monotonic()
             self._meet(grid, timeout)
             exchange, metrics = self._train(grid, server_round, train_config or ConfigRecord(), timeout)
+            if self._just_accumulated:
+                self.books.keep_entries(self.state.ledger)
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
             result.arrays = wire.to_record(self.state.trainables)
@@ -470,6 +480,9 @@ class FederatedStrategy(Strategy):
                 row["clients"] = clients
             if self._errors:
                 row["aggregation_error"] = self._errors
+            if lost := [client for client, (_, reply) in exchange.good.items() if reply.lost_state]:
+                row["states_lost"] = lost
+                log(WARNING, "round %d: these have lost what they kept of their own: %s", server_round, ", ".join(lost))
             self._record(row, evaluate_fn, num_rounds, started, begun)
             self._remember()
             self._stop_if_too_many_failed(server_round, exchange)
@@ -562,7 +575,8 @@ class FederatedStrategy(Strategy):
         self._just_accumulated = self.schedule.due(server_round) and self.state.ledger.version > before.ledger.version
         if outcome is not None:
             self._memory.counted |= dict.fromkeys(exchange.good, server_round)
-        silent = {layer for _, reply in exchange.good.values() for layer in reply.silent_layers} - self._silent
+        told = {layer for _, reply in exchange.good.values() for layer in reply.silent_layers}
+        silent = told & {layer.name for layer in self.plan.layers} - self._silent
         if silent:
             self._silent |= silent
             log(WARNING, "these factorised layers got no gradient on some clients: %s", ", ".join(sorted(silent)))
@@ -570,7 +584,8 @@ class FederatedStrategy(Strategy):
 
     def _aggregation_errors(self, outcome: Outcome | None, replies: Sequence[Received]) -> dict[str, float]:
         """``||mean(B_k A_k) - D|| / ||mean(B_k A_k)||`` for every layer whose products the server knows."""
-        if outcome is None or not self._measure_aggregation:
+        # Under differential privacy nothing is told that the noise does not cover.
+        if outcome is None or not self._measure_aggregation or self.inner.is_private():
             return {}
         adapters = [self._adapter_of(reply) for reply in replies]
         weights = [reply.weight for reply in replies]
@@ -623,7 +638,8 @@ class FederatedStrategy(Strategy):
             work = replace(work, rank=self.ranks.of(client, self._roster.budget(client)))
         if self._keeps_client_state:
             counted = self._memory.counted.get(client, 0)
-            safe = self.books.keep_from(client, counted)
+            # Whoever has not said yet that it is this client forgets nothing.
+            safe = self.books.keep_from(client, counted) if self._roster.is_confirmed(client) else 0
             work = replace(work, run=self._memory.token, counted=counted, keep_from=safe)
         return work
 
@@ -672,36 +688,20 @@ class FederatedStrategy(Strategy):
         variates = self._control(half) if trains and self.scaffold else {}
         extras = wire.extras_to_bytes(variates)
         orders = Orders(template, phase, self.state, self.settings, self._memory.held, self._bill, assign, extras)
-        replies = orders.deliver(grid, node_of, deadline)
-        if any(wire.worker_died(reply) for reply in replies.values()):
-            raise WorkerDiedError(
-                f"round {server_round}: a worker of the simulation has died, most likely for want of memory; lower the "
-                "number of workers (--num-actors), batch-size or rank, and continue with --resume"
-            )
-        lineage, said_round = self.state.ledger.lineage, wire.template_round(template)
         likes: dict[tuple[int, str], dict[str, Tensor]] = {}
-        answered = []
-        for client, node_id in node_of.items():
-            work = exchange.work[client]
-            if (work.rank, work.half) not in likes:
-                likes[work.rank, work.half] = self._reply_like(work) if trains else {}
+        lineage, said_round = self.state.ledger.lineage, wire.template_round(template)
+
+        def expect(work: wire.Work) -> Expected:
+            if trains and (work.rank, work.half) not in likes:
+                likes[work.rank, work.half] = self._reply_like(work)
             like = likes[work.rank, work.half] if trains else None
-            expected = Expected(lineage, like, self.state.statistics, variates, self.settings.weighted_by, said_round)
-            try:
-                if client not in replies:
-                    raise Rejected(f"no reply within {timeout:.0f} s")
-                reply = judge(replies[client], expected)
-                self._roster.confirm(node_id, reply.client)
-            except (Rejected, RosterError) as reason:
-                exchange.failures[client] = str(reason)
-                continue
-            answered.append(client)
-            exchange.work[reply.client] = work
-            exchange.good[reply.client] = (replies[client], reply)
+            return Expected(lineage, like, self.state.statistics, variates, self.settings.weighted_by, said_round)
+
+        answered = self._gather(grid, exchange, node_of, orders, expect, deadline)
         exchange.good = dict(sorted(exchange.good.items()))
         for client in answered:
             self._memory.held.pop(client, None)  # the name it went by until now
-        self._memory.held |= dict.fromkeys(exchange.good, lineage)
+        self._memory.held |= dict.fromkeys(answered.values(), lineage)
         for client, odd in reject_odd_metrics(
             {name: reply.metrics for name, (_, reply) in exchange.good.items()}
         ).items():
@@ -710,6 +710,54 @@ class FederatedStrategy(Strategy):
         if trains:
             self._compare_updates(exchange)
         return exchange
+
+    def _gather(
+        self,
+        grid: Grid,
+        exchange: _Exchange,
+        node_of: Mapping[str, int],
+        orders: Orders,
+        expect: Callable[[wire.Work], Expected],
+        deadline: float,
+    ) -> dict[str, str]:
+        """Send orders and judge the replies; return who has answered, by the names they went by until now.
+
+        A client that has gone by another name, and therefore not on from its own state, is asked once more.
+
+        Raises:
+            WorkerDiedError: in a simulation.
+        """
+        timeout = deadline - time.monotonic()
+        answered: dict[str, str] = {}
+        pending, again = node_of, False
+        while pending:
+            replies = orders.deliver(grid, pending, deadline, repeat=again)
+            if isinstance(grid, InMemoryGrid) and any(wire.worker_died(reply) for reply in replies.values()):
+                raise WorkerDiedError(
+                    f"round {self.state.server_round + 1}: a worker of the simulation has died, most likely for want "
+                    "of memory; lower the number of workers (--num-actors), batch-size or rank, and continue with "
+                    "--resume"
+                )
+            asked, misnamed = {client: exchange.work[client] for client in pending}, {}
+            for client, node_id in pending.items():
+                work = asked[client]
+                try:
+                    if client not in replies:
+                        raise Rejected(f"no reply within {timeout:.0f} s")
+                    reply = judge(replies[client], expect(work))
+                    self._roster.confirm(node_id, reply.client)
+                except (Rejected, RosterError) as reason:
+                    exchange.failures[client] = str(reason)
+                    continue
+                answered[client] = reply.client
+                if work.run and not again and work.counted != self._memory.counted.get(reply.client, 0):
+                    misnamed[reply.client] = node_id
+                    continue
+                exchange.work[reply.client] = work
+                exchange.good[reply.client] = (replies[client], reply)
+            exchange.work |= {client: self._assign(client, work.half) for client in misnamed}
+            pending, again = misnamed, True
+        return answered
 
     def _compare_updates(self, exchange: _Exchange) -> None:
         """Bring the good replies into the common form, and leave out those whose updates are absurdly large."""
@@ -730,7 +778,7 @@ class FederatedStrategy(Strategy):
         for client, reason in refused.items():
             exchange.failures[client] = reason
             del exchange.good[client], norms[client]
-        if norms:
+        if norms and not self.inner.is_private():
             self._memory.norms = [*self._memory.norms, statistics.median(norms.values())][-_NORMS_KEPT:]
 
     def _update_norm(self, work: wire.Work, common: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> float:
@@ -780,6 +828,7 @@ class FederatedStrategy(Strategy):
 
     def _remember(self) -> None:
         """Note the state after a whole round."""
+        self._memory.nodes, self._memory.budgets = self._roster.known()
         moments = self.inner.read_state(list(self.state.trainables))
         self._whole = Snapshot(self.state, self._memory.copy(), moments)
 
@@ -863,10 +912,10 @@ class FederatedStrategy(Strategy):
             "num_clients": self.num_clients,
             "fraction_train": self.fraction_train,
             "min_train_nodes": self._at_least["train"],
-            "max_norm_ratio": self.max_norm_ratio,
             "weighted_by": self.settings.weighted_by,
             "inner": [type(layer).__name__ for layer in self.inner.layers()],
             "inner_options": self._inner_options,
+            "train_config": {name: str(value) for name, value in self._train_config.items()},
         }
 
     def _open_run(self) -> None:
@@ -876,6 +925,7 @@ class FederatedStrategy(Strategy):
         if found is not None:
             self.state = state_from_checkpoint(found.checkpoint, self._root_base, self.plan, self.seed)
             self._memory = found.memory
+            self._roster.restore(found.memory.nodes, found.memory.budgets)
             self.inner.write_state(found.moments, list(self.state.trainables))
             self.books.result.arrays = self.initial_arrays()
         self.books.begin(settings, self.seed, root, found)
@@ -925,7 +975,9 @@ def _build_undisturbed(model: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def _metric(metrics: MetricRecord | None, *names: str) -> object:
-    return next((metrics[name] for name in names if metrics is not None and name in metrics), None)
+    """The first of these that there is, if it is one number."""
+    found = next((metrics[name] for name in names if metrics is not None and name in metrics), None)
+    return None if isinstance(found, list) else found
 
 
 def _as_number(value: Any) -> int | float:

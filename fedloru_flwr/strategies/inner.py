@@ -173,11 +173,12 @@ class InnerStrategy:
 
     def is_private(self) -> bool:
         """Whether a wrapper for differential privacy is among the layers."""
-        return any(type(layer).__name__ in _NUMBERS for layer in self.layers())
+        return any(kind.__name__ in _NUMBERS for layer in self.layers() for kind in type(layer).__mro__)
 
     def clips_updates(self) -> bool:
         """Whether it scales each update by its norm, which must not be zero then."""
-        return any(type(layer).__name__.startswith("DifferentialPrivacyServerSide") for layer in self.layers())
+        kinds = (kind.__name__ for layer in self.layers() for kind in type(layer).__mro__)
+        return any(name.startswith("DifferentialPrivacyServerSide") for name in kinds)
 
     def read_state(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """The moments of a server optimiser and the clipping norms of DP wrappers, as named tensors.

@@ -102,23 +102,27 @@ def reject_absurd_updates(norms: Mapping[str, float], earlier: Sequence[float], 
 
     Args:
         norms: of each client's update, ``||x_k - x||`` over everything it trained.
-        earlier: each earlier round's median; while there is none, this round's counts, if it is of at least three.
-        ratio: how many times their median is absurd; 0: nothing is.
+        earlier: each earlier round's median.
+        ratio: how many times the usual norm is absurd; 0: nothing is. Usual is the median of the earlier ones, or the
+            median of this round, of at least three, where that is larger: what most clients do is not absurd, as
+            where a learning rate grows. Nor is what all clients of a round do, of two or more.
     """
-    before = earlier or (list(norms.values()) if len(norms) >= 3 else [])
-    usual = statistics.median(before) if before else 0.0
-    if not (ratio and usual):
+    usual = statistics.median(earlier) if earlier else 0.0
+    if len(norms) >= 3:
+        usual = max(usual, statistics.median(norms.values()))
+    absurd = {client: norm for client, norm in norms.items() if ratio and usual and norm > ratio * usual}
+    if len(norms) > 1 and len(absurd) == len(norms):
         return {}
     return {
-        client: f"its update's norm {norm:.3g} is more than {ratio:g} times the usual {usual:.3g} (max-norm-ratio)"
-        for client, norm in norms.items()
-        if norm > ratio * usual
+        client: f"its update's norm {norm:.3g} is more than {ratio:g} times the usual {usual:.3g} (max-norm-ratio, 0 "
+        "lets everything pass)"
+        for client, norm in absurd.items()
     }
 
 
 def norm_of(tensors: Iterable[Tensor]) -> float:
     """The Euclidean norm of all of them together, in float64."""
-    return math.sqrt(sum(torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2 for tensor in tensors))
+    return math.hypot(*(torch.linalg.vector_norm(tensor, dtype=torch.float64).item() for tensor in tensors))
 
 
 def _shape(metrics: Metrics) -> tuple[tuple[str, int], ...]:

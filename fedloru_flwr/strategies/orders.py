@@ -81,12 +81,20 @@ class Orders:
         self._bill = bill
         self._made: dict[str, tuple[RecordDict, int, int]] = {}
 
-    def deliver(self, grid: Grid, node_of: Mapping[str, int], deadline: float) -> dict[str, Message]:
+    def deliver(
+        self, grid: Grid, node_of: Mapping[str, int], deadline: float, *, repeat: bool = False
+    ) -> dict[str, Message]:
         """Send the orders, serve the clients that lack the base, and return each one's last reply, if it gave one.
 
         A client that cannot reach the lineage says at once what it holds; it is sent what it needs and asked again.
+
+        Args:
+            grid: to send through.
+            node_of: the clients' nodes.
+            deadline: by the monotonic clock.
+            repeat: they have been asked this round, and are to answer once more.
         """
-        replies = self._send(grid, node_of, deadline)
+        replies = self._send(grid, node_of, deadline, repeat=repeat)
         wanting = {client: found for client, reply in replies.items() if (found := wire.find_answer(reply))}
         for client, answer in wanting.items():
             self._held[client] = answer.held

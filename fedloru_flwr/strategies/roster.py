@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from logging import INFO, WARNING
 
 from flwr.app import Message
@@ -40,10 +40,28 @@ class Roster:
         self._client_of: dict[int, str] = {}
         self._confirmed: set[int] = set()
         self._budgets: dict[str, int] = {}
+        self._names: set[str] = set()
+        self._restored = False
 
     def budget(self, client: str) -> int:
         """The largest rank that a client has said it can train; 0 for any."""
         return self._budgets.get(client, 0)
+
+    def is_confirmed(self, client: str) -> bool:
+        """Whether a node has said that it is this client."""
+        return client in self._names
+
+    def known(self) -> tuple[dict[str, int], dict[str, int]]:
+        """The nodes and the rank budgets of the clients that have said who they are, by name, for `restore`."""
+        nodes = {self._client_of[node_id]: node_id for node_id in sorted(self._confirmed)}
+        return nodes, {client: rank for client, rank in self._budgets.items() if rank}
+
+    def restore(self, nodes: Mapping[str, int], budgets: Mapping[str, int]) -> None:
+        """Take up what an earlier life of the run knew; a client that is under a new node now says so itself."""
+        self._client_of = {node_id: client for client, node_id in nodes.items()}
+        self._confirmed, self._names = set(self._client_of), set(nodes)
+        self._budgets = dict(budgets)
+        self._restored = True
 
     def __len__(self) -> int:
         return len(self._client_of)
@@ -91,6 +109,13 @@ class Roster:
     def refresh(self, grid: Grid) -> list[int]:
         """Learn of the nodes that are online now and return those not seen before."""
         nodes = sorted(grid.get_nodes(), key=lambda node: (str(node.registered_at), node.node_id))
+        if self._restored:
+            # Of an earlier life's nodes those that are here; the others may have given way to new ones.
+            gone = self._confirmed - {node.node_id for node in nodes}
+            self._confirmed -= gone
+            for node_id in gone:
+                self._names.discard(self._client_of.pop(node_id))
+            self._restored = False
         new = [node.node_id for node in nodes if node.node_id not in self._client_of]
         taken = set(self._client_of.values())
         for position, node in enumerate(nodes):
@@ -165,6 +190,7 @@ class Roster:
                 self._client_of[other] = f"node-{other}"
         self._client_of[node_id] = client
         self._confirmed.add(node_id)
+        self._names.add(client)
 
     def draw(self, seed: int, phase: str, server_round: int, fraction: float, at_least: int) -> list[tuple[str, int]]:
         """Draw this round's participants among the clients online, by logical client, sorted by it."""

@@ -5,9 +5,11 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+_LARGEST = 1e100  # above it, sums of squares overflow
+
 
 def spread(metrics: Sequence[Mapping[str, Any]], without: Collection[str] = ()) -> dict[str, dict[str, float]]:
-    """Mean, standard deviation and worst decile over clients of every metric that is one number.
+    """Mean, standard deviation and worst decile over clients of every metric that is one number of a sensible size.
 
     Each client counts the same. The standard deviation is that of the sample (0 for a single client). The worst decile
     is the mean over the worst tenth of the clients (rounded up): the lowest values, or the highest ones of a loss.
@@ -19,7 +21,7 @@ def spread(metrics: Sequence[Mapping[str, Any]], without: Collection[str] = ()) 
     spreads = {}
     for name in metrics[0] if metrics else ():
         values = [one[name] for one in metrics]
-        if name in without or any(isinstance(value, list) or not math.isfinite(value) for value in values):
+        if name in without or any(isinstance(value, list) or not abs(value) < _LARGEST for value in values):
             continue
         worst = sorted(values, reverse=name.endswith("loss"))[: math.ceil(len(values) / 10)]
         spreads[name] = {

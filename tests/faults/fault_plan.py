@@ -25,6 +25,9 @@ LOSING = (
     "text for metrics",
     "missing metrics",
     "old reply",
+    "another round",
+    "absurd norm",
+    "raises after training",
 )
 
 

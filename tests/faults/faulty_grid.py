@@ -138,12 +138,18 @@ def spoil(reply: Message, fault: str, asked: Message, old: RecordDict | None) ->
             content["metrics"] = ConfigRecord({"num-examples": "many"})
         case "missing metrics":
             del content["metrics"]
+        case "another round":
+            set_header(content, round=10**6)
+        case "absurd norm":
+            arrays = {key: 1e6 * tensor + 1e6 for key, tensor in arrays.items()}
+        case "raises after training":
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "<class 'OSError'>:<'late'>"), reply_to=asked)
         case "old reply":
             assert old is not None
             reply.content = copied(old)
         case _:
             raise AssertionError(fault)
-    if fault in ("missing key", "extra key", "wrong shape", "wrong dtype", "wrong order", "NaN", "Inf"):
+    if fault in ("missing key", "extra key", "wrong shape", "wrong dtype", "wrong order", "NaN", "Inf", "absurd norm"):
         content["arrays"] = ArrayRecord(arrays)
     if "num-examples" in fault:
         content["metrics"] = MetricRecord(metrics)

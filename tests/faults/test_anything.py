@@ -2,10 +2,11 @@
 
 import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_wire import CONTENTS, LINEAGE, STATISTICS, TENSORS
-from toy_federation import Mlp, seeded, task
+from toy_federation import Mlp, WatchedGrid, client_app, federate, seeded, task, usual
 
 from fedloru_flwr import wire
 from fedloru_flwr.clients.session import Contact, SessionAnswer
@@ -91,12 +92,29 @@ def test_what_is_left_of_any_metrics_has_one_shape(metrics):
     assert all(reason.startswith("its metrics are") for reason in odd.values())
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.text(max_size=80), st.text(max_size=80))
-def test_what_a_client_claims_to_hold_never_ends_a_round(client, held):
-    """An answer is taken at its word only as far as the ledger knows it."""
-    strategy = FedLoRU(NET, rank=1, target_modules="hidden")
-    known = strategy.state.ledger
-    found = wire.Answer.find(f"fedloru-answer kind=need-base client={client} held={held}.")
-    if found is not None:
-        assert known.missing(found.held) in (None, ())
+def answers():
+    """What a client might claim: other kinds and names, digests that are none, short or unknown, or that of W_0."""
+    held = st.text("0123456789abcdef", max_size=70) | st.just("0" * 64) | st.just("root") | st.text(max_size=10)
+    kinds = st.sampled_from(["need-base", "stored", "dance"])
+    return st.tuples(kinds, st.sampled_from(["0", "1", "2", "x", ""]) | st.text(max_size=300), held)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(answers(), min_size=3, max_size=3))
+def test_what_a_client_claims_to_hold_never_ends_a_run(claims):
+    """Round after round, in the first of which nothing and in the last of which two entries are on the ledger."""
+    strategy = FedLoRU(NET, rank=1, target_modules="hidden", accumulate_every=1, **usual(num_clients=3))
+
+    def claim(message, context):
+        if context.node_config["partition-id"] != 1:
+            return None
+        kind, client, held = claims[wire.read_order(message).server_round - 1]
+        held = strategy.state.ledger.root if held == "root" else held
+        told = f"fedloru-answer kind={kind} client={client} held={held}."
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, told), reply_to=message)
+
+    grid = WatchedGrid(client_app(NET, before=claim), 3)
+    federate(strategy, grid, 3)
+    assert [list(row["failures"]) for row in grid.watch.rows] == [["1"]] * 3
+    assert all(reason.strip() for row in grid.watch.rows for reason in row["failures"].values())
+    assert all(len(held) <= 64 for held in strategy._memory.held.values())

@@ -19,7 +19,7 @@ ALGORITHMS = {
     "pfedloru": lambda: PFedLoRU(NET, **SMALL, **clients()),
 }
 KEEPING = ("fedloru, SCAFFOLD", "fedavg, SCAFFOLD", "pfedloru")
-BY_DEFAULT = ("fedloru", "pfedloru")
+BY_DEFAULT = ("pfedloru",)
 
 
 def clients():

@@ -1,13 +1,17 @@
 """The inner Flower strategy sees what it would see in plain Flower, and what it returns is the truth."""
 
+import math
 import random
 
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
 from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
     FedAdagrad,
     FedAdam,
@@ -40,6 +44,8 @@ from toy_federation import (
 
 from fedloru_flwr import wire
 from fedloru_flwr.clients import LowRankSession
+from fedloru_flwr.clients.mods import session_mod
+from fedloru_flwr.runs import RunDirectory
 from fedloru_flwr.strategies import FedAvg, FedLoRU
 
 KEYS = ["hidden.lora_A", "hidden.lora_B", "hidden.bias", "head.weight", "head.bias"]
@@ -204,6 +210,57 @@ def test_what_is_kept_of_a_private_round_is_noisy(tmp_path):
     for path in kept:
         for tensor in load_file(path).values():
             assert secret.isdisjoint(tensor.flatten().tolist()), path.name
+
+
+def moved(strategy, before):
+    return math.sqrt(sum(float((strategy.state.trainables[key] - before[key]).square().sum()) for key in before))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_clients_that_clip_by_flowers_mods_move_the_model_by_no_more_than_the_norm(adaptive):
+    if adaptive:
+        inner = DifferentialPrivacyClientSideAdaptiveClipping(
+            FlowerFedAvg(), 0.0, 4, initial_clipping_norm=0.01, clipped_count_stddev=0.0
+        )
+    else:
+        inner = DifferentialPrivacyClientSideFixedClipping(FlowerFedAvg(), 0.0, 0.01, 4)
+    mods = [session_mod, adaptiveclipping_mod if adaptive else fixedclipping_mod]
+    strategy = fedloru(inner, accumulate_every=0)
+    before = dict(strategy.state.trainables)
+    grid = WatchedGrid(client_app(NET, mods=mods), 4)
+    federate(strategy, grid, 1)
+    assert [row["failures"] for row in grid.watch.rows] == [{}]
+    assert 0.001 < moved(strategy, before) <= 0.01 * (1 + 1e-5)
+
+
+def test_noise_of_the_clients_own_follows_from_no_seed():
+    def after():
+        strategy = fedloru(FlowerFedAvg(), accumulate_every=0)
+        mods = [session_mod, LocalDpMod(0.5, 0.01, 1.0, 1e-3)]
+        grid = WatchedGrid(client_app(NET, mods=mods), 4)
+        federate(strategy, grid, 2)
+        assert [row["failures"] for row in grid.watch.rows] == [{}, {}]
+        return strategy.merged_state_dict()
+
+    assert not same(after(), after())
+
+
+def test_what_noise_does_not_cover_is_refused_or_not_kept(tmp_path):
+    def private():
+        return DifferentialPrivacyServerSideFixedClipping(FlowerFedAvg(), 0.1, 1.0, num_sampled_clients=4)
+
+    class Own(DifferentialPrivacyServerSideFixedClipping):
+        """A user's."""
+
+    with pytest.raises(ValueError, match="cannot be combined with scaffold=True: control variates are clients'"):
+        fedloru(private(), scaffold=True)
+    with pytest.raises(ValueError, match="running statistics"):
+        FedLoRU(seeded(ConvNet), rank=2, inner=Own(FlowerFedAvg(), 1.0, 0.1, num_sampled_clients=4), **usual())
+    strategy = fedloru(private(), run_dir=tmp_path / "run", checkpoint_every=1)
+    federate(strategy, WatchedGrid(client_app(NET), 4), 2)
+    rows = RunDirectory(tmp_path / "run").read_rounds()
+    assert all("aggregation_error" not in row for row in rows)
+    assert RunDirectory(tmp_path / "run").latest_checkpoint().state["memory"]["norms"] == []
 
 
 def test_an_update_of_nothing_does_not_end_a_private_round():

@@ -6,10 +6,12 @@ import re
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp.exception import AggregationError
 from safetensors.torch import load, save
 from toy_federation import (
+    RATE,
     ConvNet,
     WatchedGrid,
     client_app,
@@ -23,7 +25,7 @@ from toy_federation import (
 
 from fedloru_flwr import wire
 from fedloru_flwr.runs import RunDirectory
-from fedloru_flwr.strategies import FedAvg, FedHM, FedLoRU, FlexLoRA, FLoRA, MFedLoRU, RoLoRA
+from fedloru_flwr.strategies import FedAvg, FedHM, FedLoRU, FlexLoRA, FLoRA, HetLoRA, MFedLoRU, RoLoRA
 from fedloru_flwr.strategies.judging import reject_absurd_updates, reject_odd_metrics
 
 NET = seeded(ConvNet)
@@ -104,7 +106,7 @@ TAMPERS = {
     "no config": (lambda content: content.pop("config"), "expected exactly one ConfigRecord, got 0"),
     "no header": (lambda content: content["config"].pop(wire.HEADER), "has no 'fedloru' header"),
     "spoilt header": (lambda c: c["config"].update({wire.HEADER: "{"}), "header does not parse"),
-    "another version": (header(protocol=1), "protocol-version is 1, this side speaks 2"),
+    "another version": (header(protocol=1), "protocol-version is 1, this side speaks 3"),
     "another lineage": (header(lineage="0" * 64), "it worked on lineage 000000000000, expected"),
     "no lineage": (header(lineage=""), "it worked on lineage unknown, expected"),
     "another round": (header(round=7), r"it answers round 7, expected round \d"),
@@ -183,7 +185,8 @@ def test_an_absurdly_large_update_is_dropped_and_leaves_no_trace(server_round):
         assert (row["clients_ok"], row["clients_failed"]) == ((3, 1) if bad else (4, 0))
         if bad:
             assert re.fullmatch(
-                r"its update's norm \S+e\+0\d is more than 100 times the usual \S+ \(max-norm-ratio\)",
+                r"its update's norm \S+e\+0\d is more than 100 times the usual \S+ \(max-norm-ratio, 0 lets "
+                r"everything pass\)",
                 row["failures"][BAD],
             )
     if server_round is None:
@@ -212,13 +215,67 @@ def test_how_large_is_absurd_is_a_setting_and_0_lets_everything_pass():
 
 def test_what_is_absurd_is_judged_by_the_rounds_before():
     norms = {"0": 1.0, "1": 1.2, "2": 90.0, "3": 0.9}
-    reason = "its update's norm 90 is more than 10 times the usual 1 (max-norm-ratio)"
+    reason = "its update's norm 90 is more than 10 times the usual 1.1 (max-norm-ratio, 0 lets everything pass)"
     assert reject_absurd_updates(norms, [0.5, 1.0, 40.0], 10) == {"2": reason}
     assert list(reject_absurd_updates(norms, [], 10)) == ["2"]
     assert reject_absurd_updates({"0": 1.0, "1": 900.0}, [], 10) == {}, "two alone: which is the odd one?"
     assert list(reject_absurd_updates({"1": 900.0}, [1.0], 10)) == ["1"]
-    assert reject_absurd_updates(norms, [0.0, 0.0, 0.0], 10) == {}
     assert reject_absurd_updates(norms, [1.0], 0) == {}
+    assert list(reject_absurd_updates(norms, [1e-6], 10)) == ["2"], "what most do is not absurd"
+    assert reject_absurd_updates({"0": 900.0, "1": 800.0}, [1.0], 10) == {}, "nor is what all do"
+
+
+def test_a_learning_rate_that_grows_from_nothing_loses_no_client():
+    rates = iter([1e-9] * 4 + [RATE] * 8)
+
+    class Warming(WatchedGrid):
+        def _handle(self, message):
+            self._app = client_app(NET, rate=next(rates))
+            return super()._handle(message)
+
+    grid = Warming(client_app(NET), 4)
+    federate(make(), grid, 3)
+    assert [row["clients_failed"] for row in grid.watch.rows] == [0, 0, 0]
+
+
+def test_numbers_of_no_sensible_size_do_not_end_a_run():
+    huge = {"loss": 1.7e308, "accuracy": [0.5, 0.25], "num-examples": 4}
+
+    def tamper(message, context):
+        if message.metadata.message_type != "evaluate":
+            return None
+        return Message(
+            wire.reply_content(
+                wire.read_order(message), client=str(context.node_config["partition-id"]), metrics=MetricRecord(huge)
+            ),
+            reply_to=message,
+        )
+
+    grid = WatchedGrid(client_app(NET, before=tamper), 4)
+    strategy = make(fraction_evaluate=1.0)
+    federate(strategy, grid, 2)
+    assert [(row["accuracy"], row["clients_failed"]) for row in grid.watch.rows] == [(None, 0), (None, 0)]
+
+
+def test_what_a_client_says_of_a_dead_worker_counts_in_simulations_only():
+    def dies(message, context):
+        if context.node_config["partition-id"] == 1:
+            told = "<class 'ray.exceptions.OutOfMemoryError'>:<'no memory'>"
+            return Message(Error(ErrorCode.UNKNOWN, told), reply_to=message)
+        return None
+
+    grid = WatchedGrid(client_app(NET, before=dies), 4)
+    federate(make(), grid, 2)
+    assert [list(row["failures"]) for row in grid.watch.rows] == [["1"], ["1"]]
+
+
+def test_clients_that_are_not_who_they_seemed_to_be_are_judged_by_their_own_orders():
+    """Nodes that registered in another order than that of their names, and ranks by name."""
+    configs = [{"partition-id": i} for i in (1, 0, 3, 2)]
+    grid = WatchedGrid(client_app(NET), 4, node_configs=configs)
+    ranks = {"0": 1, "1": 2, "2": 1, "3": 2}
+    federate(HetLoRA(NET, rank=2, target_modules=("stem", "hidden"), ranks=ranks, **usual()), grid, 3)
+    assert [row["failures"] for row in grid.watch.rows] == [{}] * 3
 
 
 def test_a_client_that_claims_to_be_another_is_dropped():

@@ -31,14 +31,16 @@ from toy_federation import (
     client_app,
     federate,
     own_instances,
+    own_machines,
     seeded,
     timeless,
     usual,
 )
 
+from fedloru_flwr import wire
 from fedloru_flwr.clients import session
 from fedloru_flwr.runs import RunDirectory
-from fedloru_flwr.strategies import FedAvg, FedLoRA, FedLoRU, ResumeError
+from fedloru_flwr.strategies import FedAvg, FedLoRA, FedLoRU, PFedLoRU, ResumeError
 from fedloru_flwr.strategies.inner import InnerStrategy
 
 ROUNDS = 7
@@ -342,6 +344,138 @@ def test_a_privacy_accountant_cannot_be_continued():
         return InnerStrategy(wrapper)
 
     assert accounted().keeps_unknown_state() == "DifferentialPrivacyServerSideFixedClipping with its accountant"
+
+
+NAMES = ("south", "east", "west", "north")
+
+
+def drop_in(directory, *, resume=None, kill_at=0, fraction=1.0, moved=0, strategy_class=PFedLoRU, **more):
+    """A life of a run of a user's own app, which answers no queries; its clients have names that are no positions."""
+    session._hosted.clear()
+    common = usual(fraction_train=fraction, checkpoint_every=3, enrol=False)
+    strategy = strategy_class(
+        MLP, rank=2, accumulate_every=2, run_dir=directory / "run", resume=resume, **{**common, **more}
+    )
+
+    def at_end(row):
+        if row["round"] == kill_at:
+            raise Killed
+
+    configs = [{**config, "client-id": name} for config, name in zip(own_machines(directory, 4), NAMES, strict=True)]
+    grid = WatchedGrid(client_app(MLP), 4, node_configs=configs, watch=Watch(at_end=at_end))
+    grid._contexts = {node_id + moved: context for node_id, context in grid._contexts.items()}
+    federate(strategy, grid, ROUNDS)
+    return strategy
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+@pytest.mark.parametrize("strategy_class", [FedLoRU, PFedLoRU], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("kill_at", [1, 4])
+def test_an_app_that_answers_no_queries_continues_as_if_nothing_had_happened(
+    tmp_path, strategy_class, fraction, kill_at
+):
+    more = {"strategy_class": strategy_class, "fraction": fraction}
+    drop_in(tmp_path / "whole", **more)
+    with pytest.raises(Killed):
+        drop_in(tmp_path / "killed", kill_at=kill_at, **more)
+    drop_in(tmp_path / "killed", resume="auto", **more)
+    assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "whole")
+
+
+def test_clients_that_come_back_under_new_nodes_go_on_from_their_own_states(tmp_path):
+    drop_in(tmp_path / "whole")
+    with pytest.raises(Killed):
+        drop_in(tmp_path / "killed", kill_at=4)
+    drop_in(tmp_path / "killed", resume="auto", moved=500)
+    (rows, model), (expected, whole_model) = left_behind(tmp_path / "killed"), left_behind(tmp_path / "whole")
+    assert model == whole_model
+    assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in expected]
+    # They are asked twice where they have gone by another's name.
+    assert "repeats" in rows[3]["bytes_by_purpose"]
+    assert all("repeats" not in row["bytes_by_purpose"] for row in rows[4:])
+
+
+def test_a_client_that_has_lost_its_state_is_named(tmp_path):
+    with pytest.raises(Killed):
+        drop_in(tmp_path, kill_at=5)
+    shutil.rmtree(tmp_path / "2")  # of client "west"
+    drop_in(tmp_path, resume="auto")
+    rows = RunDirectory(tmp_path / "run").read_rounds()
+    assert [row.get("states_lost") for row in rows] == [None] * 4 + [["west"]] + [None] * 2
+
+
+def test_the_learning_rate_of_a_users_app_cannot_change_unnoticed(tmp_path):
+    def life(rate, **more):
+        grid = WatchedGrid(client_app(MLP), 4)
+        federate(make(tmp_path / "run", net=MLP, **more), grid, 3, train_config=ConfigRecord({"lr": rate}))
+
+    life(0.1, enrol=False)
+    with pytest.raises(ResumeError, match=r"train_config was \{'lr': '0\.1'\}, is \{'lr': '0\.5'\}"):
+        life(0.5, enrol=False, resume="auto")
+
+
+def test_the_bound_on_norms_may_change(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, kill_at=3)
+    run(tmp_path, resume="auto", kill_at=-1, max_norm_ratio=0.0)
+
+
+def test_a_run_that_goes_on_has_no_summary_of_an_earlier_end(tmp_path):
+    run(tmp_path, rounds=3, kill_at=-1)
+    assert RunDirectory(tmp_path / "run").read_summary()["status"] == "finished"
+    seen = []
+
+    class Looks(Watch):
+        def end_round(self, row):
+            super().end_round(row)
+            seen.append(RunDirectory(tmp_path / "run").read_summary())
+
+    session._hosted.clear()
+    strategy = make(tmp_path / "run", "auto")
+    federate(strategy, WatchedGrid(client_app(NET, query=True), 4, watch=Looks()), 5, store=tmp_path / "store")
+    assert seen == [None, None]
+
+
+def test_the_checkpoint_written_after_an_error_leaves_the_one_before_usable(tmp_path):
+    """Clients keep what the older of the two checkpoints refers to, even if the newer one was written twice."""
+    drop_in(tmp_path / "whole")
+    with pytest.raises(Killed):
+        drop_in(tmp_path / "killed", kill_at=5, checkpoint_every=2)  # after round 4, and once more at the error
+    directory = tmp_path / "killed/run/checkpoints"
+    (directory / "round-000004.safetensors").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="taking the one before"):
+        drop_in(tmp_path / "killed", resume="auto", checkpoint_every=2)
+    rows, model = left_behind(tmp_path / "killed")
+    assert model == left_behind(tmp_path / "whole")[1]
+    assert all("states_lost" not in row for row in rows)
+
+
+def test_a_changed_byte_in_the_words_of_a_checkpoint_is_noticed(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, kill_at=6)
+    newest = RunDirectory(tmp_path / "run").latest_checkpoint()[0]
+    path = tmp_path / f"run/checkpoints/round-{newest:06d}.safetensors"
+    content = path.read_bytes()
+    changed = content.replace(b'\\"draw\\": ', b'\\"drow\\": ', 1)
+    assert changed != content
+    path.write_bytes(changed)
+    with pytest.warns(UserWarning, match="does not match its digest"):
+        assert RunDirectory(tmp_path / "run").latest_checkpoint()[0] < newest
+
+
+def test_an_entry_is_on_disk_before_a_message_carries_it(tmp_path):
+    class Looks(WatchedGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            messages = list(messages)
+            for message in messages:
+                for entry in wire.read_order(message).entries if message.metadata.message_type != "query" else ():
+                    carried.append(entry.digest)
+                    assert (tmp_path / f"run/checkpoints/parts/{entry.digest}.safetensors").exists()
+            return super().send_and_receive(messages, timeout=timeout)
+
+    carried = []
+    federate(make(tmp_path / "run", checkpoint_every=100), Looks(client_app(NET, query=True), 4), 5)
+    assert len(set(carried)) == 2
 
 
 def test_where_there_is_nothing_to_continue(tmp_path):

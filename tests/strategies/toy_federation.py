@@ -96,7 +96,9 @@ class Look:
     outputs: torch.Tensor
 
 
-def client_app(net, *, shape=None, rate=RATE, seen=None, tamper=None, before=None, query=False, evaluates=True):
+def client_app(
+    net, *, shape=None, rate=RATE, seen=None, tamper=None, before=None, query=False, evaluates=True, mods=()
+):
     """An app around `LowRankSession`; ``net`` is a model source or a function of the partition marked ``by_client``."""
     app = ClientApp()
     shape = shape or net.shape
@@ -104,7 +106,7 @@ def client_app(net, *, shape=None, rate=RATE, seen=None, tamper=None, before=Non
     def source(context):
         return net(context) if getattr(net, "by_client", False) else net
 
-    @app.train()
+    @app.train(mods=list(mods))
     def train(message, context):
         if before is not None and (instead := before(message, context)) is not None:
             return instead
