@@ -40,7 +40,7 @@ SPREAD = _flowing(
     """
     Accuracy of the clients on their own held-out samples at the last evaluation, with the global model and, where a
     method has them, with their own models: mean and standard deviation over the clients, and the mean of the tenth of
-    the clients with the lowest accuracy. Each is the mean over the seeds.
+    the clients with the lowest accuracy. Each is the mean ± sample standard deviation over the seeds.
     """
 )
 SPREAD_CHARTS = _flowing(
@@ -77,8 +77,9 @@ PARTITIONS = _flowing(
 )
 TUNING = _flowing(
     """
-    Every candidate of each grid, its score ({by}, mean over the tuning runs with seed {seeds}) and the one chosen.
-    "widened": added because the best value lay at the edge of the grid.
+    Every candidate of each grid, its score ({by}, mean over the tuning runs with seed {seeds}{settings}) and the one
+    chosen. "widened": added because the best value lay at the edge of the grid. A method without a model of the asked
+    kind is judged by the one it has. All accuracies are on the samples that the other tables are about.
     """
 )
 SETTINGS = _flowing(

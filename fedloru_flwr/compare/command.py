@@ -137,8 +137,11 @@ def _leave(results: Results, directory: Path, *, keep: bool = True) -> Outcome:
     atomic.write_text(directory / "table.csv", as_csv(comparison))
     atomic.write_text(directory / "timing.csv", timing_csv(comparison))
     atomic.write_text(directory / "report.html", html(comparison))
+    pictures = charts.files(comparison)
     (directory / "charts").mkdir(exist_ok=True)
-    for name, picture in charts.files(comparison).items():
+    for left in set((directory / "charts").glob("*.svg")) - {directory / "charts" / name for name in pictures}:
+        left.unlink()  # of an axis or a metric that is gone
+    for name, picture in pictures.items():
         atomic.write_bytes(directory / "charts" / name, picture)
     if keep:
         results.write(directory)
@@ -190,6 +193,7 @@ def _choices(spec: Spec, plan: Plan) -> list[dict[str, Any]]:
             "at": choice.at,
             "by": spec.tuning.by,
             "seeds": list(spec.tuning.seeds),
+            "settings": dict(spec.tuning.settings),
             "tried": [
                 {
                     "values": tried.values,

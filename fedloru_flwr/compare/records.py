@@ -1,6 +1,7 @@
 """What a comparison keeps of a run: its settings, how it ended, and its measurements round by round."""
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedloru_flwr.config import Scalar
+from fedloru_flwr.engines.app_dir import DISTRIBUTION
 
 # Settings that say where and how a run is carried out, not what it computes.
 FREE = ("output-dir", "run-name", "resume", "checkpoint-every", "timeout")
@@ -110,8 +112,9 @@ class Record:
 
 
 def fingerprint(settings: Mapping[str, Scalar]) -> str:
-    """Name what a run computes: equal for equal settings, whatever its directory."""
+    """Name what a run computes: equal for equal settings and versions of this package, whatever its directory."""
     told = {key: value for key, value in sorted(settings.items()) if key not in FREE}
+    told[DISTRIBUTION] = importlib.metadata.version(DISTRIBUTION)
     path = Path(str(settings.get("ranks", "")))
     if path.suffix in (".toml", ".json") and path.is_file():
         told["ranks"] = path.read_text(encoding="utf-8", errors="replace")

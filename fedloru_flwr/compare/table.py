@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 from fedloru_flwr.compare import captions, measures
 from fedloru_flwr.compare.judged import Comparison, Judged, winners
@@ -55,16 +56,17 @@ def tables(comparison: Comparison) -> list[Table]:
 
 def winners_table(comparison: Comparison) -> Table:
     """Who is best at what, a row for each combination."""
-    metric: Metric = "accuracy" if comparison.has("accuracy") else "personal"
+    metrics: list[Metric] = [metric for metric in METRIC_NAMES if comparison.has(metric)]
     given = comparison.results.budgets_mb
     names = [f"{value:g} MB up" for value in given] if given is not None else ["low", "middle", "high uplink"]
-    columns = ["", f"final {METRIC_NAMES[metric]}", *(f"at {name}" for name in names)]
-    columns += [f"fewest MB to {target:g}" for target in comparison.results.targets]
+    columns = ["", "final", *(f"at {name}" for name in names)]
+    columns += [f"fewest MB up to {target:g}" for target in comparison.results.targets]
     table = Table("Who is ahead", "", columns, prose=True)
     rows = []
-    for number, at in enumerate(comparison.combinations):
+    for (number, at), metric in product(enumerate(comparison.combinations), metrics):
         group = comparison.groups[number]
-        cells = [Cell(describe(at) or "all"), _winner(group, [_mean(one.final(metric)) for one in group])]
+        head = ", ".join(filter(None, (describe(at), METRIC_NAMES[metric] if len(metrics) > 1 else "")))
+        cells = [Cell(head or "all"), _winner(group, [_mean(one.final(metric)) for one in group])]
         budgets = comparison.budgets(number)
         for budget in budgets:
             found = [one.at_budget(budget, metric) for one in group]
@@ -199,7 +201,7 @@ def _spread(comparison: Comparison) -> Table:
             if any(found):
                 cells = [Cell(one.label)]
                 for stats in found:
-                    cells += [Cell(f"{stat.mean:.3f}") for stat in stats] if stats else [Cell(NONE)] * 3
+                    cells += [_stat(stat) for stat in stats] if stats else [Cell(NONE)] * 3
                 rows.append(cells)
         table.sections.append((describe(comparison.combinations[number]), rows))
     return table
@@ -232,7 +234,11 @@ def choices_table(comparison: Comparison) -> Table | None:
     one = results.choices[0]
     table = Table(
         "Tuning",
-        captions.TUNING.format(by=one["by"].replace("_", " "), seeds=", ".join(map(str, one["seeds"]))),
+        captions.TUNING.format(
+            by=one["by"].replace("_", " "),
+            seeds=", ".join(map(str, one["seeds"])),
+            settings=f" and {told}" if (told := describe(one.get("settings", {}))) else "",
+        ),
         ["candidate", "score", ""],
     )
     for choice in results.choices:
