@@ -35,15 +35,21 @@ def enrol(message: Message, context: Context) -> Message:
 
 @app.train(mods=[session_mod])
 def train(message: Message, context: Context) -> Message:
-    """Train the factors and dense leaves on the client's training samples."""
+    """Train the factors and dense leaves on the client's training samples; before that, evaluate them if asked to."""
     config, data, session = _begin(message, context)
     how, device = local_optimisation(config, session.server_round), choose_device(config.device)
     generator = torch.Generator().manual_seed(session.seed)
+    received = {}
+    if config.evaluate_in_training:
+        prefix, model = session.received()
+        received = {
+            f"{wire.RECEIVED}{prefix}{name}": value for name, value in evaluate(model, data.held_out, device).items()
+        }
     losses = [
         train_locally(session.model, data.train, replace(how, epochs=epochs), generator, device)
         for epochs in session.phases(how.epochs)
     ]
-    return session.reply({"train_loss": losses[0], wire.NUM_EXAMPLES: len(data.train)})
+    return session.reply({"train_loss": losses[0], **received, wire.NUM_EXAMPLES: len(data.train)})
 
 
 @app.evaluate(mods=[session_mod])
@@ -70,7 +76,7 @@ def train_or_evaluate_together(requests: list[tuple[Message, Context]]) -> list[
     if len(kinds) != 1 or not kinds <= {"train", "evaluate"}:
         return [None] * len(requests)
     config = RunConfig.from_mapping(requests[0][1].run_config)
-    if not config.batched:
+    if not config.batched or (config.evaluate_in_training and "train" in kinds):
         return [None] * len(requests)
     torch.set_num_threads(config.threads)
     server_round = wire.read_order(requests[0][0]).server_round

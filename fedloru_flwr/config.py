@@ -69,6 +69,9 @@ class RunConfig:
         high=1,
     )
     evaluate_every: int = _setting(1, "rounds between these evaluations", low=1)
+    evaluate_in_training: bool = _setting(
+        False, "clients that train evaluate what they received as well, in the same message"
+    )
     local_epochs: int = _setting(5, "epochs E of a client in a round", low=1)
     batch_size: int = _setting(8, "samples a step; a smaller partition still trains", low=1)
     optimizer: str = _setting("sgd", "the clients' optimiser", choices=("sgd", "adamw"))

@@ -39,6 +39,7 @@ HEADER, ENTRIES, STATISTICS, EXTRAS = "fedloru", "fedloru-entries", "fedloru-sta
 CONTROL = "control/"
 SERVER_ROUND = "server-round"
 NUM_EXAMPLES = "num-examples"
+RECEIVED = "received-"
 
 OrderKind = Literal["work", "entries", "base"]
 SupplyKind = Literal["entries", "base"]

@@ -452,6 +452,15 @@ class LowRankSession:
                 self._host.stop_correcting()
             yield phase.epochs
 
+    def received(self) -> tuple[str, nn.Module]:
+        """The model as training starts from it, for an evaluation in the same message: ``("", model)``.
+
+        ``("personal-", model)`` where the client trains a model of its own. The name goes before those of the metrics,
+        after ``received-``, by which the server knows them. A training loop puts the model into training mode again.
+        """
+        contact = self._contact
+        return "" if contact.method.personal(contact.site) is None else "personal-", self.model
+
     def models(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield ``("", global model)`` and, where the client has a model of its own, ``("personal-", that model)``.
 

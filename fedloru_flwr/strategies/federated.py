@@ -478,6 +478,8 @@ class FederatedStrategy(Strategy):
             if clients:
                 row["clients_evaluated"] = clients.pop("asked")
                 row["clients"] = clients
+            if received := self._received(exchange):
+                row["received"] = received
             if self._errors:
                 row["aggregation_error"] = self._errors
             if lost := [client for client, (_, reply) in exchange.good.items() if reply.lost_state]:
@@ -630,6 +632,18 @@ class FederatedStrategy(Strategy):
         counted = {self.settings.weighted_by}
         spreads = spread([reply.metrics for _, reply in exchange.good.values()], without=counted)
         return metrics, {"asked": len(exchange.drawn), **spreads}
+
+    def _received(self, exchange: _Exchange) -> dict[str, dict[str, float]]:
+        """How the model that clients received does on their held-out samples, where they say so with their training."""
+        told = [
+            {
+                name.removeprefix(wire.RECEIVED): value
+                for name, value in reply.metrics.items()
+                if name.startswith(wire.RECEIVED)
+            }
+            for _, reply in exchange.good.values()
+        ]
+        return spread(told)
 
     def _assign(self, client: str, half: wire.Half) -> wire.Work:
         """What a client is to do."""
