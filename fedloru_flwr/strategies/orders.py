@@ -3,9 +3,11 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from logging import WARNING
 
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedloru_flwr import wire
@@ -136,24 +138,31 @@ class Orders:
         if not contents:
             return {}
         asked: dict[str, Message] = {}
-        purposes: dict[int, tuple[str, str]] = {}
         for client, (content, purpose, size) in contents.items():
             self._bill.add("down", purpose, size)
             asked[client] = Message(content, node_of[client], self._phase)
-            purposes[node_of[client]] = (client, purpose)
         replies = {}
-        for reply in grid.send_and_receive(asked.values(), timeout=max(0.0, deadline - time.monotonic())):
-            client, purpose = purposes[reply.metadata.src_node_id]
+        received = grid.send_and_receive(list(asked.values()), timeout=max(0.0, deadline - time.monotonic()))
+        by_node = {node_of[client]: client for client in asked}
+        by_message = {message.metadata.message_id: client for client, message in asked.items()}
+        for reply in received:
+            # For a node that is gone the SuperLink replies, as itself.
+            told = reply.metadata
+            whose = by_node.get(told.src_node_id) or by_message.get(told.reply_to_message_id)
+            if whose is None:
+                log(WARNING, "a reply to none of this round's messages is ignored")
+                continue
+            purpose = contents[whose][1]
             if reply.has_content():
                 try:
                     size, extras = wire.content_bytes(reply.content), wire.extras_bytes(reply.content)
                 except (ValueError, TypeError) as error:  # only where nothing is sent: an integer of 70 bits, say
                     size = extras = 0
-                    told = f"Flower cannot send its reply: {error}"
-                    reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, told), reply_to=asked[client])
+                    reason = f"Flower cannot send its reply: {error}"
+                    reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=asked[whose])
                 self._bill.add("up", "control", extras)
                 self._bill.add("up", self._purpose if purpose == "repeats" else purpose, size - extras)
-            replies[client] = reply
+            replies[whose] = reply
         return replies
 
     def _missing(self, client: str) -> tuple[Entry, ...] | None:

@@ -269,6 +269,26 @@ def test_what_a_client_says_of_a_dead_worker_counts_in_simulations_only():
     assert [list(row["failures"]) for row in grid.watch.rows] == [["1"], ["1"]]
 
 
+def test_a_node_that_is_gone_is_answered_for_by_the_superlink():
+    """Its reply comes from the SuperLink's own node, and says only which message it is about."""
+
+    def answer(message, about):
+        reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), reply_to=message)
+        reply.metadata.__dict__.update(_src_node_id=1, _reply_to_message_id=about)
+        return reply
+
+    class Gone(WatchedGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = super().send_and_receive(messages, timeout=timeout)
+            (gone,) = [message for message in messages if message.metadata.dst_node_id == 1001]
+            others = [reply for reply in replies if reply.metadata.src_node_id != 1001]
+            return [answer(gone, gone.metadata.message_id), *others, answer(gone, "another round's")]
+
+    grid = Gone(client_app(NET), 4)
+    federate(make(), grid, 2)
+    assert [row["failures"] for row in grid.watch.rows] == [{"1": "error 5: Node Unavailable"}] * 2
+
+
 def test_clients_that_are_not_who_they_seemed_to_be_are_judged_by_their_own_orders():
     """Nodes that registered in another order than that of their names, and ranks by name."""
     configs = [{"partition-id": i} for i in (1, 0, 3, 2)]
