@@ -263,7 +263,7 @@ def test_a_caller_that_is_interrupted_leaves_nothing_behind(app, tag, tmp_path, 
     temporary = Path(value_of(lines, "temporary"))
     assert eventually(lambda: len(tagged(tag)) > 4)  # the workers are there a moment later
     driver.send_signal(number)
-    driver.communicate(timeout=30)
+    driver.communicate(timeout=90)
 
     assert driver.returncode == {signal.SIGTERM: 143}.get(number, -number)
     if number == signal.SIGKILL:  # its guard takes over, a moment later
