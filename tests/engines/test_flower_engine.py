@@ -137,6 +137,8 @@ def start_driver(app, home, **arguments):
         cwd=home,
         stdout=subprocess.PIPE,
         text=True,
+        # A shell's background job, such as a test run may be, ignores SIGINT and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -263,7 +265,10 @@ def test_a_caller_that_is_interrupted_leaves_nothing_behind(app, tag, tmp_path, 
     temporary = Path(value_of(lines, "temporary"))
     assert eventually(lambda: len(tagged(tag)) > 4)  # the workers are there a moment later
     driver.send_signal(number)
-    driver.communicate(timeout=90)
+    try:
+        driver.communicate(timeout=90)
+    finally:
+        driver.kill()
 
     assert driver.returncode == {signal.SIGTERM: 143}.get(number, -number)
     if number == signal.SIGKILL:  # its guard takes over, a moment later
