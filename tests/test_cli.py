@@ -172,6 +172,7 @@ def test_a_run_whose_clients_all_fail_stops_with_status_1_and_its_state_saved(tm
     assert list((run / "checkpoints").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_continued_to_the_same_end(tmp_path):
     settings = f"{SMALL} num-server-rounds=8 checkpoint-every=3 accumulate-every=1"
     whole = fedloru("run", "--engine", "in-process", "-c", f"{settings} run-name=whole", cwd=tmp_path)
@@ -285,6 +286,7 @@ def test_an_evaluation_that_fails_leaves_the_state_of_the_last_whole_round(tmp_p
     assert (cut / "model.safetensors").read_bytes() == (tmp_path / "runs/whole/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_runs_started_together_get_directories_of_their_own(tmp_path):
     running = [
         subprocess.Popen(
