@@ -18,3 +18,27 @@ def private_places(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FLWR_HOME", str(places / "flower"))
     if "MPLCONFIGDIR" not in os.environ:
         monkeypatch.setenv("MPLCONFIGDIR", str(places / "matplotlib"))
+
+
+@pytest.fixture
+def fresh_process():
+    """One thread, as a run has, and no model kept from another test."""
+    import torch
+
+    from fedloru_flwr.clients import session
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    session._hosted.clear()
+    yield
+    session._hosted.clear()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick_books(monkeypatch):
+    """No pictures, and no waiting for the disk."""
+    from fedloru_flwr.runs import RunDirectory
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(RunDirectory, "draw_curves", lambda self: None)

@@ -18,12 +18,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(advice: str = "lower batch-size, rank or the model's size") -> Iterator[None]:
-    """Raise `ClientOutOfMemoryError` for an exception that says there is not enough memory.
-
-    Args:
-        advice: what to do about it.
-    """
+def explained() -> Iterator[None]:
+    """Raise `ClientOutOfMemoryError`, with what to do, for an exception that says there is not enough memory."""
     try:
         yield
     except Exception as error:
@@ -32,4 +28,6 @@ def explained(advice: str = "lower batch-size, rank or the model's size") -> Ite
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         first = str(error).strip().partition("\n")[0][:200]
-        raise ClientOutOfMemoryError(f"not enough memory on this client ({first}): {advice}") from error
+        raise ClientOutOfMemoryError(
+            f"not enough memory on this client ({first}): lower batch-size, rank or the model's size"
+        ) from error

@@ -173,12 +173,15 @@ class InnerStrategy:
 
     def is_private(self) -> bool:
         """Whether a wrapper for differential privacy is among the layers."""
-        return any(kind.__name__ in _NUMBERS for layer in self.layers() for kind in type(layer).__mro__)
+        return not self._kinds().isdisjoint(_NUMBERS)
 
     def clips_updates(self) -> bool:
         """Whether it scales each update by its norm, which must not be zero then."""
-        kinds = (kind.__name__ for layer in self.layers() for kind in type(layer).__mro__)
-        return any(name.startswith("DifferentialPrivacyServerSide") for name in kinds)
+        return any(name.startswith("DifferentialPrivacyServerSide") for name in self._kinds())
+
+    def _kinds(self) -> set[str]:
+        """The names of the layers' classes and of what these derive from."""
+        return {kind.__name__ for layer in self.layers() for kind in type(layer).__mro__}
 
     def read_state(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """The moments of a server optimiser and the clipping norms of DP wrappers, as named tensors.

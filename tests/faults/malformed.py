@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 
 from fedloru_flwr import wire
 
+BARE = json.dumps({"protocol": wire.PROTOCOL_VERSION})
 DEEP = "[" * 3000 + "]" * 3000
 JSON_VALUES = (
     None,
@@ -79,7 +80,7 @@ class Malformer:
                 MetricRecord({"num-examples": self.rng.choice(NUMBERS)}),
                 ConfigRecord(),
                 ConfigRecord({wire.HEADER: self.text()}),
-                ConfigRecord({wire.HEADER: json.dumps({"protocol": 2, "client": "1"})}),
+                ConfigRecord({wire.HEADER: json.dumps({"protocol": wire.PROTOCOL_VERSION, "client": "1"})}),
             ]
         )
 
@@ -248,7 +249,7 @@ class Malformer:
                 header[key] = self.rng.choice(JSON_VALUES)
                 told = f"header with {key} = {header[key]!r}"
             case "text":
-                config[wire.HEADER] = self.rng.choice([self.text(), "null", "3", "[]", "{}", DEEP, '{"protocol": 2}'])
+                config[wire.HEADER] = self.rng.choice([self.text(), "null", "3", "[]", "{}", DEEP, BARE])
                 return "another header"
             case _:
                 text = json.dumps(header)
