@@ -37,7 +37,7 @@ def run(
     ] = "flower",
     resume: Annotated[str, typer.Option(help="auto, or the directory of a run to continue.", show_default=False)] = "",
     num_actors: Annotated[
-        int | None, typer.Option(help="Ray workers; by default one a CPU.", show_default=False)
+        int | None, typer.Option(help="Processes that train: by default one a CPU; in-process one.", show_default=False)
     ] = None,
     gpus_per_client: Annotated[float, typer.Option(help="GPUs a Ray worker counts for.", show_default=False)] = 0.0,
 ) -> None:

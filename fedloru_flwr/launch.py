@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fedloru_flwr.config import ConfigError, RunConfig, read_config_file
+from fedloru_flwr.engines.workers import Workers
 from fedloru_flwr.runs import RunDirectory
 from fedloru_flwr.suggest import did_you_mean
 
@@ -53,7 +54,8 @@ def run(
         engine: ``"flower"`` drives ``flwr run`` on Ray with a private Flower home; ``"in-process"`` runs the same apps
             in this process.
         resume: ``"auto"`` or a run's directory, see the setting of that name.
-        num_actors: Ray workers (engine flower); by default one a CPU.
+        num_actors: processes that train: Ray workers, by default one a CPU; of the engine in-process, by default 1,
+            this one.
         gpus_per_client: GPUs a Ray worker counts for (engine flower), a fraction to share one.
         on_line: gets the lines the run prints (engine flower).
 
@@ -76,7 +78,8 @@ def run(
     engine_named(engine)
     if num_actors is not None and num_actors < 1:
         raise ValueError(f"num-actors must be at least 1, got {num_actors}")
-    with _private_matplotlib():
+    others = (num_actors or 1) - 1 if engine == "in-process" else 0
+    with _private_matplotlib(), Workers(others) as workers:
         from fedloru_flwr.job import check, recorded_settings, run_to_continue
 
         resolved = _resolve(checked)
@@ -93,7 +96,7 @@ def run(
         store = path / "store"
         try:
             if engine == "in-process":
-                _run_in_process(resolved, store)
+                _run_in_process(resolved, store, workers)
             else:
                 _run_on_flower(resolved, store, num_actors, gpus_per_client, on_line)
         except KeyboardInterrupt:
@@ -123,20 +126,15 @@ def _resolve(config: RunConfig) -> RunConfig:
     return RunConfig.from_mapping(settings)
 
 
-def _run_in_process(config: RunConfig, store: Path) -> None:
-    from fedloru_flwr.client_app import app as client_app
-    from fedloru_flwr.client_app import train_or_evaluate_together
-    from fedloru_flwr.engines.in_process import run_in_process
+def _run_in_process(config: RunConfig, store: Path, workers: Workers) -> None:
+    from fedloru_flwr.engines.in_process import serve, store_at
+    from fedloru_flwr.engines.processes import ProcessGrid
     from fedloru_flwr.server_app import app as server_app
 
-    run_in_process(
-        server_app,
-        client_app,
-        num_supernodes=config.num_clients,
-        run_config=config.as_mapping(),
-        store_dir=store,
-        together=train_or_evaluate_together,
-    )
+    settings = config.as_mapping()
+    with store_at(store) as environment:
+        grid = ProcessGrid(workers, config.num_clients, settings, config.clients_per_batch, environment)
+        serve(server_app, grid, settings)
 
 
 def _run_on_flower(

@@ -478,7 +478,7 @@ def template_round(template: RecordDict) -> int:
     return _round_of(_only_config(template)[1])
 
 
-def reply_content(
+def make_reply(
     order: Order,
     *,
     client: str,
@@ -488,27 +488,169 @@ def reply_content(
     silent_layers: Sequence[str] = (),
     extras: Mapping[str, Tensor] | None = None,
     lost_state: bool = False,
-) -> RecordDict:
-    """A client's reply; ``tensors`` for training, None for evaluation."""
-    header = {
+) -> Reply:
+    """A client's reply as the server will read it; ``tensors`` for training, None for evaluation."""
+    return Reply(
+        client,
+        order.lineage,
+        {name: t.view(torch.int16) if t.dtype == torch.bfloat16 else t for name, t in (tensors or {}).items()},
+        dict(metrics),
+        dict(sorted((statistics or {}).items())),
+        tuple(silent_layers),
+        dict(sorted((extras or {}).items())),
+        order.server_round,
+        lost_state,
+    )
+
+
+def _reply_records(reply: Reply, arrays: ArrayRecord | None, arrays_key: str, config_key: str) -> RecordDict:
+    header: dict[str, Any] = {
         "protocol": PROTOCOL_VERSION,
-        "client": client,
-        "lineage": order.lineage,
-        "round": order.server_round,
+        "client": reply.client,
+        "lineage": reply.lineage,
+        "round": reply.server_round,
     }
-    if silent_layers:
-        header["silent"] = list(silent_layers)
-    if lost_state:
+    if reply.silent_layers:
+        header["silent"] = list(reply.silent_layers)
+    if reply.lost_state:
         header["lost-state"] = True
     config = ConfigRecord({HEADER: json.dumps(header, separators=(",", ":"))})
-    if statistics:
-        config[STATISTICS] = _to_bytes(statistics)
-    if extras:
-        config[EXTRAS] = _to_bytes(extras)
+    if reply.statistics:
+        config[STATISTICS] = _to_bytes(reply.statistics)
+    if reply.extras:
+        config[EXTRAS] = _to_bytes(reply.extras)
     records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
-    if tensors is not None:
-        records[order.arrays_key] = to_record(tensors)
-    return RecordDict({**records, METRICS: metrics, order.config_key: config})
+    if arrays is not None:
+        records[arrays_key] = arrays
+    return RecordDict({**records, METRICS: MetricRecord(dict(reply.metrics)), config_key: config})
+
+
+class ReadyReply(Message):
+    """A reply whose parts are at hand, since it was made in this process or came packed together with others.
+
+    To whoever looks at its content it is a message like any other; the records are made then. Who only wants to read,
+    measure and judge it (`reply_of`, `size_of`) is spared their making. Flower itself
+    cannot send it, which knows `Message` alone.
+
+    Args:
+        reply: what it says.
+        trained: whether it answers training.
+        arrays_key: the name of its ArrayRecord.
+        config_key: the name of its ConfigRecord.
+        reply_to: the message it answers.
+        size: what `size` gives, where it is known.
+    """
+
+    def __init__(
+        self,
+        reply: Reply,
+        *,
+        trained: bool,
+        arrays_key: str,
+        config_key: str,
+        reply_to: Message,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(RecordDict(), reply_to=reply_to)
+        self.__dict__["_ready"] = True
+        self._size = size
+        self.reply, self.trained, self.arrays_key, self.config_key = reply, trained, arrays_key, config_key
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nobody has had its records in hand, who might have changed them."""
+        return "_ready" in self.__dict__
+
+    @property
+    def content(self) -> RecordDict:
+        """The records, made at first use."""
+        if self.__dict__.pop("_ready", False):
+            arrays = to_record(self.reply.tensors) if self.trained else None
+            self.__dict__["_content"] = _reply_records(self.reply, arrays, self.arrays_key, self.config_key)
+        return super().content
+
+    @content.setter
+    def content(self, value: RecordDict) -> None:
+        self.__dict__.pop("_ready", None)
+        self.__dict__["_content"] = value
+
+    def size(self) -> tuple[int, int]:
+        """The bytes of its content, as `content_bytes` counts them, and how many of them are extras.
+
+        The bytes of arrays follow from their names, shapes and dtypes, unless two are equal, which are sent once.
+
+        Raises:
+            ValueError, TypeError: Flower cannot send it, as with an integer of 70 bits among its metrics.
+        """
+        if self._size is not None:
+            return self._size
+        arrays, known = None, {}
+        if self.trained:
+            arrays = _stand_in(tuple((name, t.shape, t.dtype) for name, t in self.reply.tensors.items()))
+            if arrays is None or _any_equal(self.reply.tensors):
+                arrays = to_record(self.reply.tensors)
+            else:
+                known = {id(arrays): _size_of_stand_in(arrays)}
+        content = _reply_records(self.reply, arrays, self.arrays_key, self.config_key)
+        self._size = content_bytes(content, known), extras_bytes(content)
+        return self._size
+
+
+_CHUNK = 4 * 2**20  # above it, Flower sends an array in parts, of which equal ones are sent once
+_stand_ins: dict[Any, ArrayRecord | None] = {}
+_stand_in_sizes: dict[int, int] = {}
+
+
+def _stand_in(like: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> ArrayRecord | None:
+    """Arrays, all different, of these names, shapes and dtypes; None where their bytes cannot be told by these."""
+    if like not in _stand_ins:
+        while len(_stand_ins) >= 64:
+            gone = _stand_ins.pop(next(iter(_stand_ins)))
+            _stand_in_sizes.pop(id(gone), None)
+        plain = all(dtype.is_floating_point and 0 < shape.numel() * 8 < _CHUNK for _, shape, dtype in like)
+        _stand_ins[like] = (
+            to_record({name: torch.full(shape, float(i), dtype=dtype) for i, (name, shape, dtype) in enumerate(like)})
+            if plain
+            else None
+        )
+    return _stand_ins[like]
+
+
+def _size_of_stand_in(arrays: ArrayRecord) -> int:
+    if id(arrays) not in _stand_in_sizes:
+        _stand_in_sizes[id(arrays)] = content_bytes(arrays)
+    return _stand_in_sizes[id(arrays)]
+
+
+def _any_equal(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether two of them are the same, bit for bit."""
+    alike: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors.values():
+        alike.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
+    return any(
+        len({tensor.detach().cpu().numpy().tobytes() for tensor in same}) < len(same)
+        for same in alike.values()
+        if len(same) > 1
+    )
+
+
+def size_of(message: Message) -> tuple[int, int]:
+    """The bytes of a reply's content, and how many of them are extras."""
+    if isinstance(message, ReadyReply) and message.is_ready:
+        return message.size()
+    return content_bytes(message.content), extras_bytes(message.content)
+
+
+def cannot_send(error: Exception) -> str:
+    """The reason of the error reply that takes the place of a reply that Flower cannot send."""
+    return f"Flower cannot send its reply: {error}"
+
+
+def reply_of(message: Message, *, trained: bool) -> Reply:
+    """What a reply says, see `read_reply`."""
+    if isinstance(message, ReadyReply) and message.is_ready and message.trained == trained:
+        return message.reply
+    return read_reply(message.content, trained=trained)
 
 
 def answer_content(order: Order, answer: Answer) -> RecordDict:
@@ -520,6 +662,8 @@ def find_answer(message: Message) -> Answer | None:
     """The answer a reply consists of, or None if it is something else."""
     if message.has_error():
         return Answer.find(message.error.reason or "")
+    if isinstance(message, ReadyReply) and message.is_ready:
+        return None
     for config in message.content.config_records.values():
         if isinstance(text := config.get(HEADER), str) and (answer := Answer.find(text)):
             return answer
@@ -586,8 +730,12 @@ def read_reply(content: RecordDict, *, trained: bool) -> Reply:
     )
 
 
-def payload_bytes(content: RecordDict) -> int:
-    """How many bytes of tensors a message's content holds, told without parsing or serialising any of them."""
+def payload_bytes(message: Message) -> int:
+    """How many bytes of tensors a reply holds, told without parsing or serialising any of them."""
+    if isinstance(message, ReadyReply) and message.is_ready:
+        reply = message.reply
+        return sum(t.nbytes for part in (reply.tensors, reply.statistics, reply.extras) for t in part.values())
+    content = message.content
     arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
     configs = (value for record in content.config_records.values() for value in record.values())
     return arrays + sum(len(value) for value in configs if isinstance(value, bytes | str))

@@ -329,7 +329,7 @@ class Contact:
 
     def train_reply(
         self, result: LocalResult, statistics: Mapping[str, Tensor], metrics: Mapping[str, object]
-    ) -> Message:
+    ) -> wire.ReadyReply:
         """Keep the client's own state and answer with what the method sends.
 
         Raises:
@@ -348,7 +348,7 @@ class Contact:
             self._store.put_state(work.run, self.client, self.server_round, kept)
         if result.silent:
             _log.warning("these factorised layers got no gradient in training: %s", ", ".join(result.silent))
-        content = wire.reply_content(
+        reply = wire.make_reply(
             self.order,
             client=self.client,
             metrics=record,
@@ -358,12 +358,18 @@ class Contact:
             extras=extras,
             lost_state=self._own_state and self.site.lost_state,
         )
-        return Message(content, reply_to=self.message)
+        return self._ready(reply, trained=True)
 
-    def evaluate_reply(self, metrics: Mapping[str, object]) -> Message:
+    def _ready(self, reply: wire.Reply, *, trained: bool) -> wire.ReadyReply:
+        order = self.order
+        return wire.ReadyReply(
+            reply, trained=trained, arrays_key=order.arrays_key, config_key=order.config_key, reply_to=self.message
+        )
+
+    def evaluate_reply(self, metrics: Mapping[str, object]) -> wire.ReadyReply:
         """Answer with metrics alone."""
-        content = wire.reply_content(self.order, client=self.client, metrics=self.metrics(metrics))
-        return Message(content, reply_to=self.message)
+        reply = wire.make_reply(self.order, client=self.client, metrics=self.metrics(metrics))
+        return self._ready(reply, trained=False)
 
     def metrics(self, metrics: Mapping[str, object]) -> MetricRecord:
         """The metrics as a record, checked."""
@@ -497,7 +503,7 @@ class LowRankSession:
         silent = self._adapted.layers_without_gradient()
         self._adapted.stop_watching()
         if not contact.trains:
-            return contact.evaluate_reply(metrics)
+            return self._plain(contact.evaluate_reply(metrics))
         gradients = None
         if self._corrections is not None:
             self._host.stop_correcting()
@@ -508,7 +514,11 @@ class LowRankSession:
                 "leave requires_grad as the session sets it"
             )
         result = LocalResult(self._adapted.read_values(), math.nan, gradients, silent)
-        return contact.train_reply(result, self._adapted.read_statistics(), metrics)
+        return self._plain(contact.train_reply(result, self._adapted.read_statistics(), metrics))
+
+    def _plain(self, reply: wire.ReadyReply) -> Message:
+        """The reply as Flower can send it."""
+        return Message(reply.content, reply_to=self._contact.message)
 
 
 class _Corrections:

@@ -7,7 +7,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -21,10 +21,13 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
-Together = Callable[[list[tuple[Message, Context]]], list[Message | Exception | None]]
+Request = tuple[Message, Context]
+Together = Callable[[list[Request]], list[Message | Exception | None]]
 UserConfig = Mapping[str, bool | int | float | str]
 _SERVER_NODE = 1
 _RUN = 1
+_FEW = 32  # fewer clients than this, where they fit one batch, are not worth dividing
+FIRST_NODE = 1000
 
 
 class InProcessGrid(Grid):
@@ -40,6 +43,7 @@ class InProcessGrid(Grid):
         node_configs: one a node, instead of ``partition-id`` and ``num-partitions``.
         together: handles the messages that are sent together, as one: the reply to each, the exception it ended in, or
             None for what the client app has to handle.
+        at_once: how many of them at most; see `shares`.
     """
 
     complete = True  # no more nodes will come: a strategy need not wait for them
@@ -51,23 +55,13 @@ class InProcessGrid(Grid):
         run_config: UserConfig,
         node_configs: list[UserConfig] | None = None,
         together: Together | None = None,
+        at_once: int = 25,
     ) -> None:
         self._app = client_app
         self._handle_together = together
+        self._at_once = at_once
         self.on_reply: Callable[[], None] = lambda: None
-        configs = node_configs or [
-            {"partition-id": index, "num-partitions": num_supernodes} for index in range(num_supernodes)
-        ]
-        self._contexts = {
-            1000 + index: Context(
-                run_id=_RUN,
-                node_id=1000 + index,
-                node_config=dict(config),
-                state=RecordDict(),
-                run_config=dict(run_config),
-            )
-            for index, config in enumerate(configs)
-        }
+        self._contexts = contexts(num_supernodes, run_config, node_configs)
         self._replies: dict[str, Message] = {}
 
     def set_run(self, run: Any) -> None:
@@ -94,38 +88,24 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Handle the messages at once and keep the replies."""
-        ids = []
         messages = list(messages)
-        for message, early in zip(messages, self._together(messages), strict=True):
-            message_id = str(uuid4())
-            message.metadata.__dict__["_message_id"] = message_id
-            if early is None:
-                early = self._handle(message)
-            self._replies[message_id] = _error_reply(early, message) if isinstance(early, Exception) else early
-            ids.append(message_id)
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+        there = [message for message in messages if message.metadata.dst_node_id in self._contexts]
+        replies = self._answers([(message, self._contexts[message.metadata.dst_node_id]) for message in there])
+        for message in messages:
+            if message.metadata.dst_node_id in self._contexts:
+                reply = next(replies)
+            else:
+                reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), reply_to=message)
+            self._replies[message.metadata.message_id] = reply
             self.on_reply()
-        return ids
+        return [message.metadata.message_id for message in messages]
 
-    def _together(self, messages: list[Message]) -> list[Message | Exception | None]:
-        """What comes of handling these messages as one; None for each that is to be handled by itself."""
-        contexts = [self._contexts.get(message.metadata.dst_node_id) for message in messages]
-        known = [context for context in contexts if context is not None]
-        if self._handle_together is None or len(messages) < 2 or len(known) < len(contexts):
-            return [None] * len(messages)
-        return self._handle_together(list(zip(messages, known, strict=True)))
-
-    def _handle(self, message: Message) -> Message:
-        context = self._contexts.get(message.metadata.dst_node_id)
-        if context is None:
-            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), reply_to=message)
-        # The app gets records of its own: what it changes in them must not reach the next client.
-        records = {key: type(record)(dict(record)) for key, record in message.content.items()}  # type: ignore[arg-type]
-        own = copy(message)
-        own.content = RecordDict(records)
-        try:
-            return self._app(own, context)
-        except Exception as error:  # whatever the app raises becomes an error reply, as in Flower
-            return _error_reply(error, message)
+    def _answers(self, requests: Sequence[Request]) -> Iterator[Message]:
+        """The replies to messages that are sent together, in order."""
+        for part in shares(len(requests), self._at_once):
+            yield from answers(self._app, requests[part], self._handle_together)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Take the replies to these messages."""
@@ -136,7 +116,72 @@ class InProcessGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
 
-def _error_reply(error: Exception, message: Message) -> Message:
+def shares(count: int, at_once: int) -> list[slice]:
+    """Divide so many clients into shares of about equal size, each to be trained as one batch.
+
+    A client's last bits depend on whom it is trained with. So the shares are the same however many processes or hosts
+    there are to train them: where there are enough clients, a multiple of four.
+
+    Args:
+        count: number of clients.
+        at_once: largest share.
+    """
+    number = -(-count // at_once)
+    if number > 1 or count >= _FEW:
+        number = min(-(-number // 4) * 4, count)
+    return [slice(count * i // number, count * (i + 1) // number) for i in range(number)]
+
+
+def answers(app: ClientApp, requests: Sequence[Request], together: Together | None = None) -> Iterator[Message]:
+    """Handle messages of clients that live in this process, one after the other or as one; replies in order.
+
+    Args:
+        app: handles what is not handled as one; what it raises becomes an error reply, as in Flower.
+        requests: the messages, each with its client's context.
+        together: see `InProcessGrid`.
+    """
+    early: list[Message | Exception | None] = [None] * len(requests)
+    if together is not None and len(requests) > 1:
+        early = together(list(requests))
+    for (message, context), reply in zip(requests, early, strict=True):
+        if reply is None:
+            yield _handle(app, message, context)
+        else:
+            yield error_reply(reply, message) if isinstance(reply, Exception) else reply
+
+
+def _handle(app: ClientApp, message: Message, context: Context) -> Message:
+    # The app gets records of its own: what it changes in them must not reach the next client.
+    records = {key: type(record)(dict(record)) for key, record in message.content.items()}  # type: ignore[arg-type]
+    own = copy(message)
+    own.content = RecordDict(records)
+    try:
+        return app(own, context)
+    except Exception as error:
+        return error_reply(error, message)
+
+
+def contexts(
+    num_supernodes: int, run_config: UserConfig, node_configs: list[UserConfig] | None = None
+) -> dict[int, Context]:
+    """The clients' contexts by node id; client ``i`` is node ``1000 + i``."""
+    configs = node_configs or [
+        {"partition-id": index, "num-partitions": num_supernodes} for index in range(num_supernodes)
+    ]
+    return {
+        FIRST_NODE + index: Context(
+            run_id=_RUN,
+            node_id=FIRST_NODE + index,
+            node_config=dict(config),
+            state=RecordDict(),
+            run_config=dict(run_config),
+        )
+        for index, config in enumerate(configs)
+    }
+
+
+def error_reply(error: Exception, message: Message) -> Message:
+    """The reply of a client whose app has raised."""
     reason = f"{type(error)}:<'{error}'>"  # as on a deployed client
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
@@ -150,6 +195,7 @@ def run_in_process(
     node_configs: list[UserConfig] | None = None,
     store_dir: Path | None = None,
     together: Together | None = None,
+    at_once: int = 25,
 ) -> None:
     """Run a ServerApp and a ClientApp in this process.
 
@@ -161,12 +207,19 @@ def run_in_process(
         node_configs: see `InProcessGrid`.
         store_dir: where clients keep bases and entries; a temporary directory by default.
         together: see `InProcessGrid`.
+        at_once: see `InProcessGrid`.
     """
-    grid = InProcessGrid(client_app, num_supernodes, run_config or {}, node_configs, together)
+    with store_at(store_dir):
+        grid = InProcessGrid(client_app, num_supernodes, run_config or {}, node_configs, together, at_once)
+        serve(server_app, grid, run_config or {})
+
+
+def serve(server_app: ServerApp, grid: Grid, run_config: UserConfig) -> None:
+    """Run a ServerApp on a grid in this process."""
     context = Context(
-        run_id=_RUN, node_id=_SERVER_NODE, node_config={}, state=RecordDict(), run_config=dict(run_config or {})
+        run_id=_RUN, node_id=_SERVER_NODE, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
-    with _task_identity(), _store(store_dir):
+    with _task_identity():
         server_app(grid, context)
 
 
@@ -182,12 +235,14 @@ def _task_identity() -> Iterator[None]:
 
 
 @contextmanager
-def _store(directory: Path | None) -> Iterator[None]:
+def store_at(directory: Path | None) -> Iterator[dict[str, str]]:
+    """Have clients keep what they hold in a directory, by default a temporary one; yield the variables that say so."""
     before = os.environ.get("FEDLORU_STORE")
     with tempfile.TemporaryDirectory(prefix="fedloru-") as temporary:
-        os.environ["FEDLORU_STORE"] = str(directory or temporary)
+        variables = {"FEDLORU_STORE": str(directory or temporary)}
+        os.environ |= variables
         try:
-            yield
+            yield variables
         finally:
             if before is None:
                 del os.environ["FEDLORU_STORE"]

@@ -57,11 +57,11 @@ def judge(message: Message, expected: Expected) -> wire.Reply:
         raise Rejected("it could not be brought to the lineage it was asked for")
     if message.has_error():
         raise Rejected(f"error {message.error.code}: {wire.error_reason(message)}")
-    size = wire.payload_bytes(message.content)
+    size = wire.payload_bytes(message)
     if size > (limit := expected.largest_reply()):
         raise Rejected(f"it has {size} bytes, more than the {limit} that such a reply may have")
     try:
-        reply = wire.read_reply(message.content, trained=expected.trainables is not None)
+        reply = wire.reply_of(message, trained=expected.trainables is not None)
     except wire.WireError as error:
         raise Rejected(str(error)) from error
     if not reply.client:

@@ -155,10 +155,10 @@ class Orders:
             purpose = contents[whose][1]
             if reply.has_content():
                 try:
-                    size, extras = wire.content_bytes(reply.content), wire.extras_bytes(reply.content)
+                    size, extras = wire.size_of(reply)
                 except (ValueError, TypeError) as error:  # only where nothing is sent: an integer of 70 bits, say
                     size = extras = 0
-                    reason = f"Flower cannot send its reply: {error}"
+                    reason = wire.cannot_send(error)
                     reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=asked[whose])
                 self._bill.add("up", "control", extras)
                 self._bill.add("up", self._purpose if purpose == "repeats" else purpose, size - extras)

@@ -244,10 +244,12 @@ def test_numbers_of_no_sensible_size_do_not_end_a_run():
     def tamper(message, context):
         if message.metadata.message_type != "evaluate":
             return None
-        return Message(
-            wire.reply_content(
-                wire.read_order(message), client=str(context.node_config["partition-id"]), metrics=MetricRecord(huge)
-            ),
+        order, client = wire.read_order(message), str(context.node_config["partition-id"])
+        return wire.ReadyReply(
+            wire.make_reply(order, client=client, metrics=MetricRecord(huge)),
+            trained=False,
+            arrays_key=order.arrays_key,
+            config_key=order.config_key,
             reply_to=message,
         )
 

@@ -1,0 +1,170 @@
+"""The in-process engine on several processes: workers that train their share of a round's clients as this one does.
+
+A worker is a Python process of its own with the same client app and the same store; orders and replies go through a
+socket as packets. Shares of clients are handed to whoever is free. They are the same for any number of processes, and
+so is the result, bit for bit. What a worker leaves behind that dies is trained here.
+"""
+
+import contextlib
+import logging
+import os
+import pickle
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from flwr.app import Message
+
+from fedloru_flwr.engines.in_process import InProcessGrid, Request, answers, contexts, shares
+from fedloru_flwr.engines.workers import Worker, Workers, dumps
+from fedloru_flwr.packets import pack_orders, pack_replies, unpack_orders, unpack_replies
+
+_log = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a worker has to know before its first share."""
+
+    num_supernodes: int
+    run_config: Mapping[str, Any]
+    environment: Mapping[str, str]
+
+
+class ProcessGrid(InProcessGrid):
+    """An `InProcessGrid` whose clients are trained by this process and by workers.
+
+    Args:
+        workers: see `Workers`; they run this package's client app.
+        num_supernodes: number of clients.
+        run_config: for every context.
+        at_once: how many clients are trained as one batch at most.
+        environment: variables for the workers.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        num_supernodes: int,
+        run_config: Mapping[str, bool | int | float | str],
+        at_once: int,
+        environment: Mapping[str, str],
+    ) -> None:
+        from fedloru_flwr.client_app import app, train_or_evaluate_together
+
+        super().__init__(app, num_supernodes, run_config, together=train_or_evaluate_together, at_once=at_once)
+        self._workers = list(workers.members)
+        for worker in self._workers:
+            worker.send(_Start(num_supernodes, dict(run_config), dict(environment)))
+
+    def _answers(self, requests: Sequence[Request]) -> Iterator[Message]:
+        parts = [requests[part] for part in shares(len(requests), self._at_once)]
+        if len(parts) < 2 or not self._workers:
+            for part in parts:
+                yield from answers(self._app, part, self._handle_together)
+            return
+        yield from _Round(parts, self).replies()
+
+
+class _Round:
+    """The shares of one phase of a round, and who trains them."""
+
+    def __init__(self, parts: list[Sequence[Request]], grid: ProcessGrid) -> None:
+        self._grid = grid
+        self._parts = parts
+        self._waiting = deque(range(len(parts)))
+        self._done: dict[int, list[Message] | Exception] = {}
+        self._change = threading.Condition()
+
+    def replies(self) -> Iterator[Message]:
+        """The replies to all shares, in order."""
+        for worker in self._grid._workers:
+            threading.Thread(target=self._hand_out, args=(worker,), daemon=True).start()
+        try:
+            self._work()
+        finally:
+            with self._change:
+                self._waiting.clear()
+        for index in range(len(self._parts)):
+            result = self._done[index]
+            if isinstance(result, Exception):
+                raise result
+            yield from result
+
+    def _work(self) -> None:
+        """Train what nobody else has taken, until all is done."""
+        while True:
+            with self._change:
+                while not self._waiting and len(self._done) < len(self._parts):
+                    self._change.wait()
+                if not self._waiting:
+                    return
+                index = self._waiting.popleft()
+            replies = list(answers(self._grid._app, self._parts[index], self._grid._handle_together))
+            self._note(index, replies)
+
+    def _hand_out(self, worker: Worker) -> None:
+        """Let a worker train shares until there are no more."""
+        while True:
+            with self._change:
+                if not self._waiting:
+                    return
+                index = self._waiting.popleft()
+            messages = [message for message, _ in self._parts[index]]
+            try:
+                worker.send(pack_orders(messages))
+                packet = worker.receive()
+            except EOFError:
+                self._bury(worker, index)
+                return
+            except Exception as error:  # goes to the thread that waits for this share
+                self._note(index, error)
+                continue
+            try:
+                self._note(index, unpack_replies(packet, messages))
+            except Exception as error:
+                self._note(index, error)
+
+    def _bury(self, worker: Worker, index: int) -> None:
+        """Go on without a worker that has died."""
+        worker.stop()
+        _log.warning(
+            "a worker process has ended with status %s, most likely for want of memory: its clients are trained in "
+            "this process",
+            worker.process.returncode,
+        )
+        with self._change:
+            self._grid._workers.remove(worker)
+            self._waiting.append(index)
+            self._change.notify_all()
+
+    def _note(self, index: int, replies: list[Message] | Exception) -> None:
+        with self._change:
+            self._done[index] = replies
+            self._change.notify_all()
+
+
+def _serve(connection: Connection) -> None:
+    """A worker's life: train one share after the other until the other side is gone."""
+    import torch
+
+    from fedloru_flwr.client_app import app, train_or_evaluate_together
+
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimiser imports more of torch, for seconds
+    start: _Start = pickle.loads(connection.recv_bytes())
+    os.environ.update(start.environment)
+    there = contexts(start.num_supernodes, start.run_config)
+    while True:
+        messages = unpack_orders(pickle.loads(connection.recv_bytes()))
+        requests = [(message, there[message.metadata.dst_node_id]) for message in messages]
+        packet = pack_replies(list(answers(app, requests, train_or_evaluate_together)))
+        connection.send_bytes(dumps(packet))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(EOFError, OSError):
+        _serve(Connection(int(sys.argv[1])))
