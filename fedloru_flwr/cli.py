@@ -39,6 +39,12 @@ def run(
     num_actors: Annotated[
         int | None, typer.Option(help="Processes that train: by default one a CPU; in-process one.", show_default=False)
     ] = None,
+    num_supernodes: Annotated[
+        int | None,
+        typer.Option(
+            help="SuperNodes of the simulation: by default one a client; one a worker is fastest.", show_default=False
+        ),
+    ] = None,
     gpus_per_client: Annotated[float, typer.Option(help="GPUs a Ray worker counts for.", show_default=False)] = 0.0,
 ) -> None:
     """Run one federated training."""
@@ -58,6 +64,7 @@ def run(
             engine=launch.engine_named(engine),
             resume=resume,
             num_actors=num_actors,
+            num_supernodes=num_supernodes,
             gpus_per_client=gpus_per_client,
             on_line=lambda line: print(line, flush=True),
         )

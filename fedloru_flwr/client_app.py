@@ -15,6 +15,9 @@ from fedloru_flwr.clients.together import Request, Together
 from fedloru_flwr.clients.training import choose_device, evaluate, train_locally
 from fedloru_flwr.config import RunConfig
 from fedloru_flwr.data import ClientData
+from fedloru_flwr.engines.hosted import ACTION
+from fedloru_flwr.engines.in_process import answers, client_context
+from fedloru_flwr.packets import Packet, pack_replies, unpack_orders
 from fedloru_flwr.workload import client_data, local_optimisation, network_factory
 
 app = ClientApp()
@@ -85,6 +88,34 @@ def train_or_evaluate_together(requests: list[tuple[Message, Context]]) -> list[
         data, spec = client_data(config, context)
         whole.append(Request(message, context, network_factory(config, spec), data))
     return _together.answer(whole, local_optimisation(config, server_round), choose_device(config.device))
+
+
+@app.query(ACTION)
+def enrol_hosted(message: Message, context: Context) -> Message:
+    """Tell who the clients are that this SuperNode hosts."""
+    return _hosted(message, context)
+
+
+@app.train(ACTION)
+def train_hosted(message: Message, context: Context) -> Message:
+    """Train clients that this SuperNode hosts, as one batch where that can be done."""
+    return _hosted(message, context)
+
+
+@app.evaluate(ACTION)
+def evaluate_hosted(message: Message, context: Context) -> Message:
+    """Evaluate clients that this SuperNode hosts."""
+    return _hosted(message, context)
+
+
+def _hosted(message: Message, context: Context) -> Message:
+    """Answer the orders of a packet, each in the context of its client."""
+    count = RunConfig.from_mapping(context.run_config).num_clients
+    replies: list[Message] = []
+    for share in unpack_orders(Packet.from_record_dict(message.content)):
+        requests = [(one, client_context(one.metadata.dst_node_id, count, context.run_config)) for one in share]
+        replies += answers(app, requests, train_or_evaluate_together)
+    return Message(pack_replies(replies).to_record_dict(), reply_to=message)
 
 
 def _begin(message: Message, context: Context) -> tuple[RunConfig, ClientData, LowRankSession]:

@@ -43,6 +43,7 @@ def run(
     engine: Engine = "flower",
     resume: str = "",
     num_actors: int | None = None,
+    num_supernodes: int | None = None,
     gpus_per_client: float = 0.0,
     on_line: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -56,6 +57,8 @@ def run(
         resume: ``"auto"`` or a run's directory, see the setting of that name.
         num_actors: processes that train: Ray workers, by default one a CPU; of the engine in-process, by default 1,
             this one.
+        num_supernodes: SuperNodes of the simulation (engine flower): by default one a client; with fewer, each trains
+            many clients as one batch. One a worker is fastest.
         gpus_per_client: GPUs a Ray worker counts for (engine flower), a fraction to share one.
         on_line: gets the lines the run prints (engine flower).
 
@@ -78,6 +81,8 @@ def run(
     engine_named(engine)
     if num_actors is not None and num_actors < 1:
         raise ValueError(f"num-actors must be at least 1, got {num_actors}")
+    if num_supernodes is not None and num_supernodes < 1:
+        raise ValueError(f"num-supernodes must be at least 1, got {num_supernodes}")
     others = (num_actors or 1) - 1 if engine == "in-process" else 0
     with _private_matplotlib(), Workers(others) as workers:
         from fedloru_flwr.job import check, recorded_settings, run_to_continue
@@ -98,7 +103,7 @@ def run(
             if engine == "in-process":
                 _run_in_process(resolved, store, workers)
             else:
-                _run_on_flower(resolved, store, num_actors, gpus_per_client, on_line)
+                _run_on_flower(resolved, store, num_actors, num_supernodes, gpus_per_client, on_line)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"what the run saved is in {path}; continue: fedloru run --resume {path}") from None
         except Exception as error:
@@ -138,11 +143,18 @@ def _run_in_process(config: RunConfig, store: Path, workers: Workers) -> None:
 
 
 def _run_on_flower(
-    config: RunConfig, store: Path, num_actors: int | None, gpus_per_client: float, on_line: Callable[[str], None]
+    config: RunConfig,
+    store: Path,
+    num_actors: int | None,
+    num_supernodes: int | None,
+    gpus_per_client: float,
+    on_line: Callable[[str], None],
 ) -> None:
     from fedloru_flwr.engines.app_dir import flower_app
     from fedloru_flwr.engines.flower import run_on_flower
+    from fedloru_flwr.engines.hosted import SUPERNODES
 
+    supernodes = min(num_supernodes or config.num_clients, config.num_clients)
     run = RunDirectory(store.parent)
     rounds_before = -1
     with flower_app() as app_dir:
@@ -150,10 +162,14 @@ def _run_on_flower(
             outcome = run_on_flower(
                 app_dir,
                 config.as_mapping(),
-                num_supernodes=config.num_clients,
+                num_supernodes=supernodes,
                 client_num_gpus=gpus_per_client,
                 ray_num_cpus=num_actors,
-                environment={"MPLCONFIGDIR": os.environ["MPLCONFIGDIR"], "FEDLORU_STORE": str(store)},
+                environment={
+                    "MPLCONFIGDIR": os.environ["MPLCONFIGDIR"],
+                    "FEDLORU_STORE": str(store),
+                    SUPERNODES: str(supernodes),
+                },
                 on_line=on_line,
             )
             if outcome.completed:

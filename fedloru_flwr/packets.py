@@ -5,6 +5,7 @@ replies holds those of equal shapes stacked, one array a key with a leading clie
 would have sent is told from them exactly, so that the strategies see, judge and count the very same messages.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -71,8 +72,13 @@ class Packet:
         return cls(header, {} if arrays is None else wire.to_tensors(arrays), contents)
 
 
-def pack_orders(messages: Sequence[Message]) -> Packet:
-    """Orders of one type, for a host."""
+def pack_orders(messages: Sequence[Message], shares: Sequence[int] = ()) -> Packet:
+    """Orders of one type, for a host.
+
+    Args:
+        messages: the orders.
+        shares: how many of them, one after the other, are to be carried out together each time; by default all are.
+    """
     places: dict[int, int] = {}
     contents: list[RecordDict] = []
     clients = []
@@ -82,22 +88,24 @@ def pack_orders(messages: Sequence[Message]) -> Packet:
             places[id(content)] = len(contents)
             contents.append(content)
         clients.append([message.metadata.dst_node_id, places[id(content)]])
-    kinds = {message.metadata.message_type for message in messages}
-    return Packet({"type": kinds.pop() if len(kinds) == 1 else sorted(kinds), "clients": clients}, contents=contents)
+    kind = messages[0].metadata.message_type
+    header = {"type": kind, "clients": clients, "shares": list(shares) or [len(messages)]}
+    return Packet(header, contents=contents)
 
 
-def unpack_orders(packet: Packet) -> list[Message]:
-    """The orders, addressed to the clients' node ids; those of equal content share it.
+def unpack_orders(packet: Packet) -> list[list[Message]]:
+    """The orders by shares, addressed to the clients' node ids; those of equal content share it.
 
     Raises:
         WireError: if the packet holds something else.
     """
     try:
         kind = str(packet.header["type"])
-        return [
+        messages = iter(
             make_message(_metadata(int(node), kind), packet.contents[int(place)])
             for node, place in packet.header["clients"]
-        ]
+        )
+        return [list(itertools.islice(messages, int(count))) for count in packet.header["shares"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise wire.WireError(f"a packet of orders does not parse: {error}") from error
 

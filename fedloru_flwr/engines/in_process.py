@@ -61,7 +61,13 @@ class InProcessGrid(Grid):
         self._handle_together = together
         self._at_once = at_once
         self.on_reply: Callable[[], None] = lambda: None
-        self._contexts = contexts(num_supernodes, run_config, node_configs)
+        nodes = range(FIRST_NODE, FIRST_NODE + len(node_configs or range(num_supernodes)))
+        self._contexts = {
+            node_id: _context(node_id, node_configs[index], run_config)
+            if node_configs
+            else client_context(node_id, num_supernodes, run_config)
+            for index, node_id in enumerate(nodes)
+        }
         self._replies: dict[str, Message] = {}
 
     def set_run(self, run: Any) -> None:
@@ -161,23 +167,20 @@ def _handle(app: ClientApp, message: Message, context: Context) -> Message:
         return error_reply(error, message)
 
 
-def contexts(
-    num_supernodes: int, run_config: UserConfig, node_configs: list[UserConfig] | None = None
-) -> dict[int, Context]:
-    """The clients' contexts by node id; client ``i`` is node ``1000 + i``."""
-    configs = node_configs or [
-        {"partition-id": index, "num-partitions": num_supernodes} for index in range(num_supernodes)
-    ]
-    return {
-        FIRST_NODE + index: Context(
-            run_id=_RUN,
-            node_id=FIRST_NODE + index,
-            node_config=dict(config),
-            state=RecordDict(),
-            run_config=dict(run_config),
-        )
-        for index, config in enumerate(configs)
-    }
+def client_context(node_id: int, num_clients: int, run_config: UserConfig) -> Context:
+    """The context of a virtual client; client ``i`` is node ``1000 + i`` and has ``partition-id`` ``i``."""
+    config: UserConfig = {"partition-id": node_id - FIRST_NODE, "num-partitions": num_clients}
+    return _context(node_id, config, run_config)
+
+
+def _context(node_id: int, node_config: UserConfig, run_config: UserConfig) -> Context:
+    return Context(
+        run_id=_RUN,
+        node_id=node_id,
+        node_config=dict(node_config),
+        state=RecordDict(),
+        run_config=dict(run_config),
+    )
 
 
 def error_reply(error: Exception, message: Message) -> Message:

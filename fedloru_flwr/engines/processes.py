@@ -19,7 +19,7 @@ from typing import Any
 
 from flwr.app import Message
 
-from fedloru_flwr.engines.in_process import InProcessGrid, Request, answers, contexts, shares
+from fedloru_flwr.engines.in_process import InProcessGrid, Request, answers, client_context, shares
 from fedloru_flwr.engines.workers import Worker, Workers, dumps
 from fedloru_flwr.packets import pack_orders, pack_replies, unpack_orders, unpack_replies
 
@@ -157,10 +157,12 @@ def _serve(connection: Connection) -> None:
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimiser imports more of torch, for seconds
     start: _Start = pickle.loads(connection.recv_bytes())
     os.environ.update(start.environment)
-    there = contexts(start.num_supernodes, start.run_config)
     while True:
-        messages = unpack_orders(pickle.loads(connection.recv_bytes()))
-        requests = [(message, there[message.metadata.dst_node_id]) for message in messages]
+        (messages,) = unpack_orders(pickle.loads(connection.recv_bytes()))
+        requests = [
+            (message, client_context(message.metadata.dst_node_id, start.num_supernodes, start.run_config))
+            for message in messages
+        ]
         packet = pack_replies(list(answers(app, requests, train_or_evaluate_together)))
         connection.send_bytes(dumps(packet))
 

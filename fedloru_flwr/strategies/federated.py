@@ -746,7 +746,9 @@ class FederatedStrategy(Strategy):
         pending, again = node_of, False
         while pending:
             replies = orders.deliver(grid, pending, deadline, repeat=again)
-            if isinstance(grid, InMemoryGrid) and any(wire.worker_died(reply) for reply in replies.values()):
+            if getattr(grid, "simulated", isinstance(grid, InMemoryGrid)) and any(
+                wire.worker_died(reply) for reply in replies.values()
+            ):
                 raise WorkerDiedError(
                     f"round {self.state.server_round + 1}: a worker of the simulation has died, most likely for want "
                     "of memory; lower the number of workers (--num-actors), batch-size or rank, and continue with "
