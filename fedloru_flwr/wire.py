@@ -493,7 +493,10 @@ def make_reply(
     return Reply(
         client,
         order.lineage,
-        {name: t.view(torch.int16) if t.dtype == torch.bfloat16 else t for name, t in (tensors or {}).items()},
+        {
+            name: (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).contiguous()
+            for name, t in (tensors or {}).items()
+        },
         dict(metrics),
         dict(sorted((statistics or {}).items())),
         tuple(silent_layers),
