@@ -1,6 +1,8 @@
 """What every test needs: no telemetry, no file outside temporary directories."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +44,14 @@ def quick_books(monkeypatch):
 
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(RunDirectory, "draw_curves", lambda self: None)
+
+
+@pytest.fixture
+def rows_of():
+    """Read a run's metrics, apart from the times."""
+
+    def read(run: Path) -> list[dict]:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+    return read

@@ -81,15 +81,11 @@ def same_reply(mine, parsed):
     "more",
     [
         {"algorithm": "fedloru", "scaffold": True, "accumulate-every": 2},
-        {"algorithm": "fedavg"},
         {"algorithm": "pfedloru"},
         {"algorithm": "mfedloru", "ranks": "2:0.5,4:0.5"},
-        {"algorithm": "fedsa-lora"},
         {"algorithm": "lowrank-ef"},
         {"algorithm": "flora", "ranks": "2:0.5,4:0.5"},
         {"algorithm": "rolora"},
-        {"algorithm": "fedpara"},
-        {"algorithm": "ffa-lora"},
     ],
     ids=lambda more: more["algorithm"],
 )

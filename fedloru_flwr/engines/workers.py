@@ -87,6 +87,7 @@ class Worker:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        self.process.terminate()  # it has nothing to save
         try:
             self.process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:

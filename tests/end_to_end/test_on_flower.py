@@ -32,9 +32,10 @@ def output_dir(tmp_path, monkeypatch):
 
 
 def run(name: str, engine: str = "flower", **more) -> Path:
-    actors, on_line = more.pop("num_actors", None), more.pop("on_line", lambda line: None)
+    on_line = more.pop("on_line", lambda line: None)
+    arguments = {key: more.pop(key, None) for key in ("num_actors", "num_supernodes")}
     settings = {**SETTINGS, "run-name": name, **more}
-    return Path(fedloru_flwr.run(config=settings, engine=engine, num_actors=actors, on_line=on_line)["run_dir"])
+    return Path(fedloru_flwr.run(config=settings, engine=engine, on_line=on_line, **arguments)["run_dir"])
 
 
 def test_a_run_on_ray_and_one_in_process_are_the_same_byte_for_byte(output_dir, rows_of):
@@ -120,6 +121,38 @@ def a_worker_of_this_process() -> psutil.Process:
         for process in psutil.Process().children(recursive=True)
         if any(part.startswith("ray::ClientAppActor") for part in process.cmdline())
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"clients-per-batch": 3, "norm": "group"},  # trained as batches
+        {"norm": "batch"},  # one at a time, by the hosts
+        {"algorithm": "pfedloru", "local-epochs": 3, "model": "cnn"},
+    ],
+)
+def test_supernodes_that_host_many_clients_give_the_run_of_the_other_engine(more, output_dir, rows_of):
+    more = {**more, "batched": True}
+    hosted = run("hosted", num_actors=2, num_supernodes=2, **more)
+    in_process = run("in-process", engine="in-process", **more)
+    assert rows_of(hosted) == rows_of(in_process)
+    assert all(row["clients_failed"] == 0 for row in rows_of(hosted))
+    assert (hosted / "model.safetensors").read_bytes() == (in_process / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_hosts_whose_worker_dies_go_on_as_well(output_dir, rows_of):
+    def watch(line: str) -> None:
+        said.append(line)
+        if line.startswith("round 2/") and not any("has died" in one for one in said):
+            a_worker_of_this_process().kill()
+
+    said: list[str] = []
+    more = {"batched": True, "norm": "group", "checkpoint-every": 1}
+    killed = run("killed", on_line=watch, num_supernodes=2, **more)
+    assert sum("a worker has died" in line for line in said) == 1
+    assert rows_of(killed) == rows_of(run("expected", "in-process", **more))
 
 
 @pytest.mark.slow
