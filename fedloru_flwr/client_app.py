@@ -15,9 +15,8 @@ from fedloru_flwr.clients.together import Request, Together
 from fedloru_flwr.clients.training import choose_device, evaluate, train_locally
 from fedloru_flwr.config import RunConfig
 from fedloru_flwr.data import ClientData
-from fedloru_flwr.engines.hosted import ACTION
 from fedloru_flwr.engines.in_process import answers, client_context
-from fedloru_flwr.packets import Packet, pack_replies, unpack_orders
+from fedloru_flwr.packets import ACTION, Packet, pack_replies, unpack_orders
 from fedloru_flwr.workload import client_data, local_optimisation, network_factory
 
 app = ClientApp()
@@ -39,6 +38,8 @@ def enrol(message: Message, context: Context) -> Message:
 @app.train(mods=[session_mod])
 def train(message: Message, context: Context) -> Message:
     """Train the factors and dense leaves on the client's training samples; before that, evaluate them if asked to."""
+    if (reply := _as_batch_of_one(message, context)) is not None:
+        return reply
     config, data, session = _begin(message, context)
     how, device = local_optimisation(config, session.server_round), choose_device(config.device)
     generator = torch.Generator().manual_seed(session.seed)
@@ -58,6 +59,8 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate(mods=[session_mod])
 def evaluate_held_out(message: Message, context: Context) -> Message:
     """Evaluate the global model, and the client's own where it has one, on the client's held-out samples."""
+    if (reply := _as_batch_of_one(message, context)) is not None:
+        return reply
     config, data, session = _begin(message, context)
     metrics = {
         f"{prefix}{name}": value
@@ -116,6 +119,14 @@ def _hosted(message: Message, context: Context) -> Message:
         requests = [(one, client_context(one.metadata.dst_node_id, count, context.run_config)) for one in share]
         replies += answers(app, requests, train_or_evaluate_together)
     return Message(pack_replies(replies).to_record_dict(), reply_to=message)
+
+
+def _as_batch_of_one(message: Message, context: Context) -> Message | None:
+    """Handle a message as a batch would be, without PEFT, whose import alone takes seconds; None where it cannot be."""
+    (reply,) = train_or_evaluate_together([(message, context)])
+    if isinstance(reply, Exception):
+        raise reply
+    return Message(reply.content, reply_to=message) if isinstance(reply, wire.ReadyReply) else reply
 
 
 def _begin(message: Message, context: Context) -> tuple[RunConfig, ClientData, LowRankSession]:

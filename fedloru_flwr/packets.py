@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedloru_flwr import wire
 
+ACTION = "hosted"  # of the Flower messages that are packets
 _PARTS = ("tensors", "statistics", "extras")
 _DAY = 24 * 3600.0
 

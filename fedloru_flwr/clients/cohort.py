@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from fedloru_flwr.clients.task import LocalResult, LocalTask, Phase
 from fedloru_flwr.clients.training import LocalOptimisation, batches
@@ -221,7 +223,7 @@ class _Group:
         plan = _Schedule(counts, self._generators, phase.epochs, self._how.batch_size, self._device, dtype)
         losses = torch.zeros(len(counts), device=self._device, dtype=dtype)
         sums = {} if control is None else {key: torch.zeros_like(self._values[key]) for key in phase.keys}
-        optimizer: torch.optim.Optimizer | None = None
+        optimizer = _Optimizer(self._how)
         frozen: dict[str, Tensor] = {}
         trained: dict[str, Tensor] = {}
         count = 0
@@ -231,13 +233,12 @@ class _Group:
                 here = {key: value[:count] for key, value in self._values.items()}
                 trained = {key: here.pop(key).requires_grad_() for key in phase.keys}
                 frozen = here
-                optimizer = self._optimizer(list(trained.values()), optimizer)
-            assert optimizer is not None
             index, weight = plan.index[step, :count, :width], plan.weight[step, :count, :width]
             outputs = self._model.forward_clients({**frozen, **trained}, self._shared, self._inputs[index])
             each = functional.cross_entropy(outputs.flatten(0, 1), self._labels[index].flatten(), reduction="none")
             means = (each.view(count, width) * weight).sum(1)
-            optimizer.zero_grad(set_to_none=True)
+            for value in trained.values():
+                value.grad = None
             means.sum().backward()  # type: ignore[no-untyped-call]  # torch's is untyped
             losses[:count] += means.detach() * plan.share[step, :count]
             gradients = {key: value.grad for key, value in trained.items() if value.grad is not None}
@@ -249,9 +250,7 @@ class _Group:
             gradients = self._corrected(gradients, trained, origin, control)
             if self._how.max_grad_norm > 0:
                 gradients = _clipped(gradients, self._how.max_grad_norm)
-            for key, gradient in gradients.items():
-                trained[key].grad = gradient
-            optimizer.step()
+            optimizer.step(trained, gradients)
         steps = plan.steps.to(self._device).clamp(min=1)
         return losses, {key: total / _over(steps, total) for key, total in sums.items()}
 
@@ -271,26 +270,71 @@ class _Group:
             gradients = {key: one + control[key][: len(one)] for key, one in gradients.items()}
         return gradients
 
-    def _optimizer(self, tensors: list[Tensor], before: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
-        """An optimiser of the first clients' tensors that goes on from the one of more clients."""
-        how, fused = self._how, True if self._device.type in ("cpu", "cuda") else None
-        optimizer: torch.optim.Optimizer
+
+class _Optimizer:
+    """torch's own update of stacked tensors, fused, without `torch.optim.Optimizer`, whose first use takes seconds.
+
+    Clients may leave at the end: state is kept for those that began and used for those that are still there.
+    """
+
+    def __init__(self, how: LocalOptimisation) -> None:
+        self._how = how
+        self._first: dict[str, Tensor | None] = {}  # SGD's momentum, AdamW's first moment
+        self._second: dict[str, Tensor] = {}
+        self._steps: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, trained: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        """Update in place what has a gradient."""
+        keys = list(gradients)
+        tensors = [trained[key].detach() for key in keys]
+        if not keys:
+            return
+        count = len(tensors[0])
+        fused = True if tensors[0].device.type in ("cpu", "cuda") else None
+        how = self._how
         if how.optimizer == "adamw":
-            betas = (how.momentum, 0.999)
-            optimizer = torch.optim.AdamW(
-                tensors, how.learning_rate, betas=betas, weight_decay=how.weight_decay, fused=fused
+            for key, tensor in zip(keys, tensors, strict=True):
+                if key not in self._first:
+                    self._first[key], self._second[key] = torch.zeros_like(tensor), torch.zeros_like(tensor)
+                    self._steps[key] = torch.zeros((), device=tensor.device, dtype=torch.float32)
+            adamw(
+                tensors,
+                [gradients[key] for key in keys],
+                [_present(self._first[key])[:count] for key in keys],
+                [self._second[key][:count] for key in keys],
+                [],
+                [self._steps[key] for key in keys],
+                fused=fused,
+                amsgrad=False,
+                beta1=how.momentum,
+                beta2=0.999,
+                lr=how.learning_rate,
+                weight_decay=how.weight_decay,
+                eps=1e-8,
+                maximize=False,
             )
-        else:
-            optimizer = torch.optim.SGD(
-                tensors, how.learning_rate, momentum=how.momentum, weight_decay=how.weight_decay, fused=fused
-            )
-        if before is not None:
-            for old, new in zip(before.param_groups[0]["params"], tensors, strict=True):
-                optimizer.state[new] = {
-                    name: part[: len(new)] if isinstance(part, Tensor) and part.shape == old.shape else part
-                    for name, part in before.state[old].items()
-                }
-        return optimizer
+            return
+        before = [self._first.get(key) for key in keys]
+        buffers = [None if one is None else one[:count] for one in before]
+        sgd(
+            tensors,
+            [gradients[key] for key in keys],
+            buffers,
+            fused=fused,
+            weight_decay=how.weight_decay,
+            momentum=how.momentum,
+            lr=how.learning_rate,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+        self._first |= {key: new for key, old, new in zip(keys, before, buffers, strict=True) if old is None}
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _is_of(key: str, layer: str) -> bool:

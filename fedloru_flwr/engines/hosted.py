@@ -14,13 +14,11 @@ from uuid import uuid4
 from flwr.app import Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from fedloru_flwr.engines.in_process import FIRST_NODE, shares
-from fedloru_flwr.packets import Packet, pack_orders, unpack_replies
+from fedloru_flwr.packets import ACTION, Packet, pack_orders, unpack_replies
 from fedloru_flwr.wire import WireError
 
-ACTION = "hosted"
 SUPERNODES = "FEDLORU_SUPERNODES"  # how many there will be, where whoever started the simulation says so
 _SETTLE_SECONDS = 1.0
 _POLL_SECONDS = 0.05
@@ -124,6 +122,8 @@ def hosted(grid: Grid, num_clients: int, at_once: int) -> Grid:
         num_clients: number of clients.
         at_once: how many clients are trained as one batch at most.
     """
+    from flwr.superlink.grid.inmemory_grid import InMemoryGrid  # with much that clients have no use for
+
     if not isinstance(grid, InMemoryGrid):
         return grid
     expected = int(os.environ.get(SUPERNODES, "0")) or num_clients

@@ -126,7 +126,7 @@ def shares(count: int, at_once: int) -> list[slice]:
     """Divide so many clients into shares of about equal size, each to be trained as one batch.
 
     A client's last bits depend on whom it is trained with. So the shares are the same however many processes or hosts
-    there are to train them: where there are enough clients, a multiple of four.
+    there are to train them: where one batch will not do, an even number.
 
     Args:
         count: number of clients.
@@ -134,7 +134,7 @@ def shares(count: int, at_once: int) -> list[slice]:
     """
     number = -(-count // at_once)
     if number > 1 or count >= _FEW:
-        number = min(-(-number // 4) * 4, count)
+        number = min(number + number % 2, count)
     return [slice(count * i // number, count * (i + 1) // number) for i in range(number)]
 
 

@@ -84,6 +84,8 @@ class FunctionalModel:
         def one(own: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
             return self.forward(own, base, inputs)
 
+        if len(x) == 1:
+            return one({key: value[0] for key, value in values.items()}, x[0])[None]
         return vmap(one)(values, x)
 
 
