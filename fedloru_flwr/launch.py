@@ -137,8 +137,8 @@ def _run_in_process(config: RunConfig, store: Path, workers: Workers) -> None:
     from fedloru_flwr.server_app import app as server_app
 
     settings = config.as_mapping()
-    with store_at(store) as environment:
-        grid = ProcessGrid(workers, config.num_clients, settings, config.clients_per_batch, environment)
+    with store_at(store) as where, _shared_data(config, bool(workers.members)) as data:
+        grid = ProcessGrid(workers, config.num_clients, settings, config.clients_per_batch, {**where, **data})
         serve(server_app, grid, settings)
 
 
@@ -157,7 +157,7 @@ def _run_on_flower(
     supernodes = min(num_supernodes or config.num_clients, config.num_clients)
     run = RunDirectory(store.parent)
     rounds_before = -1
-    with flower_app() as app_dir:
+    with flower_app() as app_dir, _shared_data(config, True) as data:
         while True:
             outcome = run_on_flower(
                 app_dir,
@@ -169,6 +169,7 @@ def _run_on_flower(
                     "MPLCONFIGDIR": os.environ["MPLCONFIGDIR"],
                     "FEDLORU_STORE": str(store),
                     SUPERNODES: str(supernodes),
+                    **data,
                 },
                 on_line=on_line,
             )
@@ -189,6 +190,19 @@ def _run_on_flower(
                 f"simulation with {num_actors or workers} workers"
             )
             config = dataclasses.replace(config, resume=str(run.path))
+
+
+@contextmanager
+def _shared_data(config: RunConfig, wanted: bool) -> Iterator[dict[str, str]]:
+    """Spare the run's other processes the reading and partitioning; yield the variables that tell them of the file."""
+    if not wanted:
+        yield {}
+        return
+    from fedloru_flwr.data import share
+    from fedloru_flwr.workload import data_config
+
+    with tempfile.TemporaryDirectory(prefix="fedloru-data-") as directory:
+        yield share(data_config(config), Path(directory) / "data.safetensors")
 
 
 def _cpus_of_ray() -> int:

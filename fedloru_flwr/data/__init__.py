@@ -1,6 +1,6 @@
 """What clients train on: a built-in, local or hub data set, dealt out by Flower's partitioners."""
 
-from fedloru_flwr.data.loading import load_central, load_client, load_own, partition_indices, validate
+from fedloru_flwr.data.loading import load_central, load_client, load_own, partition_indices, share, validate
 from fedloru_flwr.data.samples import ClientData, DataConfig, DataError, DataSpec, Samples
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "load_client",
     "load_own",
     "partition_indices",
+    "share",
     "validate",
 ]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fedloru_flwr.data.kept import keep, kept
 from fedloru_flwr.data.partitioning import partition
 from fedloru_flwr.data.samples import ClientData, DataConfig, DataSpec, Samples, check, fault, generator
-from fedloru_flwr.data.sources import encode, load_source, read_own
+from fedloru_flwr.data.sources import Source, encode, load_source, read_own
 
 
 def validate(config: DataConfig) -> None:
@@ -19,7 +20,7 @@ def validate(config: DataConfig) -> None:
             one label, or the samples do not go round. The message says how to mend it.
     """
     partition_indices(config)
-    source = load_source(config)
+    source = _source(config)
     if bool((source.train.labels == source.train.labels[0]).all()):
         problem = f"all {len(source.train.labels)} training samples have the same label"
         raise fault("label-column", config.label_column, problem, "Give samples of two classes or more")
@@ -32,8 +33,21 @@ def load_central(config: DataConfig) -> tuple[Samples, DataSpec]:
         DataError: see `validate`.
     """
     check(config)
-    source = load_source(config)
+    source = _source(config)
     return source.test.samples(), source.spec
+
+
+def share(config: DataConfig, path: Path) -> dict[str, str]:
+    """Write the data and the partitions into a file for a run's other processes.
+
+    Returns:
+        The environment variables by which these find it; none where the data are too large for a copy.
+
+    Raises:
+        DataError: see `validate`.
+    """
+    check(config)
+    return keep(config, load_source(config), _partition(config), path)
 
 
 def partition_indices(config: DataConfig) -> list[np.ndarray]:
@@ -61,7 +75,7 @@ def load_client(config: DataConfig, partition_id: int) -> tuple[ClientData, Data
     if not 0 <= partition_id < config.num_clients:
         problem = f"with num-clients = {config.num_clients} they go from 0 to {config.num_clients - 1}"
         raise fault("partition-id", partition_id, problem, "Start as many SuperNodes as num-clients says")
-    return _client(config, partition_id), load_source(config).spec
+    return _client(config, partition_id), _source(config).spec
 
 
 def load_own(path: str | Path, config: DataConfig) -> tuple[ClientData, DataSpec]:
@@ -78,8 +92,15 @@ def load_own(path: str | Path, config: DataConfig) -> tuple[ClientData, DataSpec
     return _own(str(path), config)
 
 
+def _source(config: DataConfig) -> Source:
+    found = kept(config)
+    return load_source(config) if found is None else found[0]
+
+
 @lru_cache(maxsize=4)
 def _partition(config: DataConfig) -> tuple[np.ndarray, ...]:
+    if (found := kept(config)) is not None:
+        return found[1]
     source = load_source(config)
     parts = partition(source.train.labels.numpy(), source.groups, config)
     for part in parts:
@@ -89,7 +110,7 @@ def _partition(config: DataConfig) -> tuple[np.ndarray, ...]:
 
 @lru_cache(maxsize=32)
 def _client(config: DataConfig, partition_id: int) -> ClientData:
-    samples = load_source(config).train.samples(_partition(config)[partition_id])
+    samples = _source(config).train.samples(_partition(config)[partition_id])
     return _hold_out(samples, config, generator("client", config.seed, partition_id))
 
 

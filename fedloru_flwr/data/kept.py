@@ -1,0 +1,63 @@
+"""A run's data as one file, so that its other processes map it into memory and need not read and partition it anew."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedloru_flwr import atomic
+from fedloru_flwr.data.samples import DataConfig, DataSpec
+from fedloru_flwr.data.sources import Source, Stored
+
+VARIABLE = "FEDLORU_DATA"  # names the file in the environment of a run's processes
+_MAX_BYTES = 2**31  # larger data are not worth a copy
+
+
+def keep(config: DataConfig, source: Source, parts: tuple[np.ndarray, ...], path: Path) -> dict[str, str]:
+    """Write the file and return the variables that tell other processes of it; none where the data are too large."""
+    tensors = {
+        "train_inputs": source.train.inputs,
+        "train_labels": source.train.labels,
+        "test_inputs": source.test.inputs,
+        "test_labels": source.test.labels,
+        "parts": torch.from_numpy(np.concatenate(parts)),
+        "ends": torch.from_numpy(np.cumsum([len(part) for part in parts])),
+    }
+    if sum(tensor.nbytes for tensor in tensors.values()) > _MAX_BYTES:
+        return {}
+    atomic.write_tensors(path, tensors, {"config": _digest(config), "spec": json.dumps(asdict(source.spec))})
+    return {VARIABLE: str(path)}
+
+
+def kept(config: DataConfig) -> tuple[Source, tuple[np.ndarray, ...]] | None:
+    """The source, without groups, and each client's indices, if the file of this process's run holds them."""
+    path = os.environ.get(VARIABLE)
+    return _read(path, _digest(config)) if path else None
+
+
+@lru_cache(maxsize=2)
+def _read(path: str, digest: str) -> tuple[Source, tuple[np.ndarray, ...]] | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("config") != digest:
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (SafetensorError, OSError):
+        return None
+    shape = json.loads(metadata["spec"])
+    spec = DataSpec(tuple(shape["input_shape"]), shape["num_classes"])
+    train = Stored(tensors["train_inputs"], tensors["train_labels"])
+    parts = np.split(tensors["parts"].numpy(), tensors["ends"][:-1].tolist())
+    return Source(train, Stored(tensors["test_inputs"], tensors["test_labels"]), spec, ()), tuple(parts)
+
+
+def _digest(config: DataConfig) -> str:
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
