@@ -86,11 +86,18 @@ def train_or_evaluate_together(requests: list[tuple[Message, Context]]) -> list[
         return [None] * len(requests)
     torch.set_num_threads(config.threads)
     server_round = wire.read_order(requests[0][0]).server_round
-    whole = []
-    for message, context in requests:
-        data, spec = client_data(config, context)
-        whole.append(Request(message, context, network_factory(config, spec), data))
-    return _together.answer(whole, local_optimisation(config, server_round), choose_device(config.device))
+    answers: list[Message | Exception | None] = [None] * len(requests)
+    whole: dict[int, Request] = {}
+    for index, (message, context) in enumerate(requests):
+        try:
+            data, spec = client_data(config, context)
+            whole[index] = Request(message, context, network_factory(config, spec), data)
+        except Exception as error:  # this client's alone
+            answers[index] = error
+    how, device = local_optimisation(config, server_round), choose_device(config.device)
+    for index, answer in zip(whole, _together.answer(list(whole.values()), how, device), strict=True):
+        answers[index] = answer
+    return answers
 
 
 @app.query(ACTION)

@@ -54,7 +54,13 @@ def train_cohort(
         max_bytes = _MAX_BYTES_CPU if device.type == "cpu" else _MAX_BYTES
     shared = {name: tensor.to(device) for name, tensor in {**model.buffers, **base}.items()}
     order = sorted(range(len(tasks)), key=lambda i: -_steps(tasks[i].samples, how.batch_size))
-    fit = max(1, max_bytes // _bytes_of_one(model, shared, tasks[order[0]], how.batch_size, device))
+    fit = 1
+    if len(tasks) > 1:
+        task = tasks[order[0]]
+        like = (task.samples.inputs[: how.batch_size].shape, device)
+        if like not in model.step_bytes:
+            model.step_bytes[like] = _bytes_of_one(model, shared, task, how.batch_size, device)
+        fit = max(1, max_bytes // model.step_bytes[like])
     groups = -(-len(tasks) // fit)
     bounds = [len(tasks) * group // groups for group in range(groups + 1)]
     results: dict[int, LocalResult] = {}

@@ -39,6 +39,7 @@ class FunctionalModel:
         base_keys: parameters that all clients share, by the plain model's names.
         buffers: of the plain model, by name; as the copy holds them.
         layers: the factorised layers.
+        step_bytes: about the memory of one client's training step, by shape and device, as whoever trains found it.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class FunctionalModel:
                 part.__class__ = _OwnEmbedding
             elif type(part) is nn.Linear and f"{name}.weight" in dense_leaves:
                 part.__class__ = _OwnLinear
+        self._own = [part for part in self._module.modules() if isinstance(part, _Own)]
         self.keys = (*adapters, *dense_leaves)
         self.base_keys = tuple(name for name in plain if name not in set(dense_leaves))
+        self.step_bytes: dict[object, int] = {}
         self._names = canonical_names(self._module)
 
     def forward(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -84,7 +87,10 @@ class FunctionalModel:
         def one(own: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
             return self.forward(own, base, inputs)
 
-        if len(x) == 1:
+        alone = len(x) == 1
+        for layer in self._own:
+            layer.alone = alone
+        if alone:
             return one({key: value[0] for key, value in values.items()}, x[0])[None]
         return vmap(one)(values, x)
 
@@ -101,7 +107,13 @@ def _factorise(module: nn.Module, layer: FactorisedLayer, layout: Layout) -> lis
     return keys
 
 
-class _Factorised(nn.Module):
+class _Own(nn.Module):
+    """A layer with tensors that each client has for itself."""
+
+    alone = False  # whether there is one client, so that torch's own kernels serve best
+
+
+class _Factorised(_Own):
     """A linear, convolutional or embedding layer with adapters; a plain layer's class is added to its bases."""
 
     layer: FactorisedLayer
@@ -112,7 +124,7 @@ class _Factorised(nn.Module):
         layer, weight, bias = self.layer, self._value("weight"), self._parameters.get("bias")
         if self.layout.family == "loha":
             weight = weight + self._hadamard()
-        y = _apply(self, layer, x, weight, bias, is_own=self.layout.family == "loha")
+        y = _apply(self, layer, x, weight, bias, is_own=self.layout.family == "loha" and not self.alone)
         pairs = self._pairs()
         if not pairs:
             return y
@@ -120,14 +132,18 @@ class _Factorised(nn.Module):
         a = torch.cat([a for a, _ in pairs]).reshape(-1, *layer.a_shape()[1:])
         b = torch.cat([b for _, b in pairs], dim=1)
         if layer.kind in ("conv1d", "conv2d"):
+            if self.alone:
+                inner = _apply(self, layer, x, a, None, is_own=False)
+                point = functional.conv1d if layer.kind == "conv1d" else functional.conv2d
+                return y + point(inner, b.reshape(*b.shape, *(1,) * (a.dim() - 2)))
             missing = -len(a) % _FAST_CHANNELS
             a = functional.pad(a, (0, 0) * (a.dim() - 1) + (0, missing))
             b = functional.pad(b, (0, missing))
             inner = _apply(self, layer, x, a, None, is_own=True)
             batch_axes = inner.dim() - a.dim() + 1  # none where the input is a single sample
             return y + (b @ inner.flatten(batch_axes + 1)).reshape(y.shape)
-        inner = _apply(self, layer, x, a.T if layer.transposed else a, None, is_own=True)
-        return y + _own_linear(inner, b, None)
+        inner = _apply(self, layer, x, a.T if layer.transposed else a, None, is_own=not self.alone)
+        return y + (functional.linear(inner, b) if self.alone else _own_linear(inner, b, None))
 
     def _value(self, key: str) -> Tensor:
         value: Tensor | None = self._parameters[key.removeprefix(f"{self.layer.name}.")]
@@ -164,11 +180,13 @@ class _OwnEmbedding(nn.Embedding):
         return _look_up(input, self.weight, self.padding_idx)
 
 
-class _OwnLinear(nn.Linear):
+class _OwnLinear(_Own, nn.Linear):
     """A linear layer with a weight for each client."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As the plain layer."""
+        if self.alone:
+            return functional.linear(input, self.weight, self.bias)
         return _own_linear(input, self.weight, self.bias)
 
 
