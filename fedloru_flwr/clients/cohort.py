@@ -116,7 +116,7 @@ def _bytes_of_one(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model.forward(values, shared, task.samples.inputs[:batch_size].to(device))
+        model.forward(values, shared, task.samples.inputs[:batch_size].to(device), batched=True)
     return 1 + _COPIES * sum(value.nbytes for value in values.values()) + 2 * sum(kept.values())
 
 

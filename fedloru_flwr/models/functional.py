@@ -69,14 +69,19 @@ class FunctionalModel:
         self.step_bytes: dict[object, int] = {}
         self._names = canonical_names(self._module)
 
-    def forward(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def forward(
+        self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor, *, batched: bool = False
+    ) -> Tensor:
         """The outputs ``(batch, classes)`` of one client.
 
         Args:
             values: the client's tensors, by `keys`.
             base: everything else, by the plain model's names: `base_keys`, and buffers that differ from `buffers`.
             x: ``(batch, *input_shape)``.
+            batched: whether it is computed as under `vmap` over clients; alone, torch's own kernels serve better.
         """
+        for layer in self._own:
+            layer.alone = not batched
         tensors = {name: values[key] if key in values else base[key] for name, key in self._names.items()}
         tensors |= {name: base[name] for name in self.buffers if name in base}
         return functional_call(self._module, tensors, (x,), tie_weights=False)  # type: ignore[no-any-return]
@@ -85,12 +90,9 @@ class FunctionalModel:
         """The outputs ``(clients, batch, classes)`` of clients whose ``values`` and ``x`` are stacked; one base."""
 
         def one(own: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-            return self.forward(own, base, inputs)
+            return self.forward(own, base, inputs, batched=len(x) > 1)
 
-        alone = len(x) == 1
-        for layer in self._own:
-            layer.alone = alone
-        if alone:
+        if len(x) == 1:
             return one({key: value[0] for key, value in values.items()}, x[0])[None]
         return vmap(one)(values, x)
 
@@ -110,7 +112,7 @@ def _factorise(module: nn.Module, layer: FactorisedLayer, layout: Layout) -> lis
 class _Own(nn.Module):
     """A layer with tensors that each client has for itself."""
 
-    alone = False  # whether there is one client, so that torch's own kernels serve best
+    alone = True  # not under `vmap`
 
 
 class _Factorised(_Own):
