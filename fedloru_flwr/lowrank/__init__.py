@@ -35,14 +35,18 @@ from fedloru_flwr.lowrank.random import (
     uniform,
 )
 from fedloru_flwr.lowrank.schedules import AccumulationSchedule, LearningRateSchedule
+from fedloru_flwr.lowrank.streaming import FixedTree, TreeMean, TreeProducts
 
 __all__ = [
     "AccumulationSchedule",
     "Adapter",
     "Entry",
     "FactorisedLayer",
+    "FixedTree",
     "LearningRateSchedule",
     "Ledger",
+    "TreeMean",
+    "TreeProducts",
     "aggregation_error",
     "as_pair",
     "best_pair",

@@ -1,0 +1,256 @@
+r"""Means over many clients that are formed as the replies come, in little memory, whatever the order they come in.
+
+The clients have places ``0 ... n - 1``. A binary tree stands over the places; the value of a node is that of its left
+half merged with that of its right half, formed as soon as both are known, and a half in which nobody replied is passed
+over. So each result is formed by the same operations on the same operands, bit for bit, in whatever order replies come.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedloru_flwr.lowrank.aggregation import product_error
+from fedloru_flwr.lowrank.factors import FactorisedLayer, as_pair, at_least_float32, has_product, single_thread
+
+T = TypeVar("T")
+
+
+class FixedTree(Generic[T]):
+    """A binary tree over places, whose nodes are merged as soon as both halves are known.
+
+    In the order of the places at most ``log2(n) + 1`` values are held at once; in any other, at most ``2 log2(n)`` for
+    every run of places that are known.
+
+    Args:
+        places: ``n``, at least 1.
+        merge: makes one value of a left and a right one; it may reuse both.
+    """
+
+    def __init__(self, places: int, merge: Callable[[T, T], T]) -> None:
+        if places < 1:
+            raise ValueError(f"a tree needs at least 1 place, got {places}")
+        self._places = places
+        self._merge = merge
+        self._known = bytearray(places)
+        self._nodes: dict[tuple[int, int], T | None] = {}
+        self._root: T | None = None
+
+    def put(self, place: int, value: T | None) -> None:
+        """Give a place its value; None: it stays empty.
+
+        Raises:
+            ValueError: if there is no such place, or it is known already.
+        """
+        if not 0 <= place < self._places or self._known[place]:
+            raise ValueError(f"place {place} of {self._places} does not exist or is known already")
+        self._known[place] = 1
+        level, index, width = 0, place, self._places
+        while width > 1:
+            sibling = index ^ 1
+            if sibling < width:
+                if (level, sibling) not in self._nodes:
+                    self._nodes[level, index] = value
+                    return
+                other = self._nodes.pop((level, sibling))
+                left, right = (value, other) if index < sibling else (other, value)
+                value = self._merge(left, right) if left is not None and right is not None else left if right is None else right
+            level, index, width = level + 1, index // 2, (width + 1) // 2
+        self._root = value
+
+    def is_open(self, place: int) -> bool:
+        """Whether a place is not known yet."""
+        return not self._known[place]
+
+    def held(self) -> int:
+        """How many values are held."""
+        return sum(value is not None for value in self._nodes.values())
+
+    def result(self) -> T | None:
+        """The whole tree's value, None if it is empty; places not known by now stay empty."""
+        for place in range(self._places):
+            if not self._known[place]:
+                self.put(place, None)
+        return self._root
+
+
+class _Buffer:
+    """One contiguous tensor a number format, and in it a view for each tensor of a reply."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in like:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+        flats = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+        self.flats = list(flats.values())
+        self.views: list[Tensor] = []
+        taken = dict.fromkeys(sizes, 0)
+        for tensor in like:
+            begin = taken[tensor.dtype]
+            taken[tensor.dtype] = end = begin + tensor.numel()
+            self.views.append(flats[tensor.dtype][begin:end].view(tensor.shape))
+
+
+@dataclass
+class _Part:
+    """The weighted mean of some places: one reply's own tensors, or a buffer."""
+
+    weight: float
+    tensors: Sequence[Tensor]
+    buffer: _Buffer | None = None
+
+
+class TreeMean:
+    r"""The weighted mean ``sum_k p_k x_k`` with ``p_k = w_k / sum_j w_j``, in float32 (float64 stays).
+
+    A node holds the mean of its clients and their weight: ``m = m_l + w_r / (w_l + w_r) (m_r - m_l)``, in one pass over
+    the memory, in place; so the mean of equal values is that value exactly, and large weights overflow nothing. A
+    reply's own tensors are read when its neighbour is there, never written, and not copied before.
+
+    Args:
+        places: how many clients there may be, at least 1.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._tree: FixedTree[_Part] = FixedTree(places, self._merge)
+        self._keys: list[str] = []
+        self._shapes: list[torch.Size] = []
+        self._spare: list[_Buffer] = []
+
+    def add(self, place: int, tensors: Mapping[str, Tensor], weight: float) -> None:
+        """Take a client's tensors in; they must not change until the mean is there.
+
+        Args:
+            place: the client's.
+            tensors: of the same keys, order and shapes as those of the others.
+            weight: ``w_k``, above 0.
+
+        Raises:
+            ValueError: if the place is known, or the tensors or the weight are not as they must be.
+        """
+        values = [at_least_float32(tensor) for tensor in tensors.values()]
+        shapes = [tensor.shape for tensor in values]
+        if not self._keys:
+            self._keys, self._shapes = list(tensors), shapes
+        if list(tensors) != self._keys or shapes != self._shapes:
+            raise ValueError(f"the tensors for place {place} differ from the others in keys, order or shapes")
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"weights must be positive numbers, got {weight}")
+        self._tree.put(place, _Part(weight, values))
+
+    def skip(self, place: int) -> None:
+        """Nothing will come for a place."""
+        self._tree.put(place, None)
+
+    def is_open(self, place: int) -> bool:
+        """Whether nothing has been said for a place."""
+        return self._tree.is_open(place)
+
+    def result(self) -> tuple[dict[str, Tensor], float]:
+        """The mean, in tensors of their own, and the sum of the weights.
+
+        Raises:
+            ValueError: if nothing was added.
+        """
+        part = self._tree.result()
+        if part is None:
+            raise ValueError("there is no mean of nothing")
+        return dict(zip(self._keys, [tensor.clone() for tensor in part.tensors], strict=True)), part.weight
+
+    def _merge(self, left: _Part, right: _Part) -> _Part:
+        weight = left.weight + right.weight
+        share = right.weight / weight
+        if left.buffer is not None and right.buffer is not None:
+            for into, other in zip(left.buffer.flats, right.buffer.flats, strict=True):
+                into.lerp_(other, share)
+            self._spare.append(right.buffer)
+            return _Part(weight, left.tensors, left.buffer)
+        buffer = left.buffer or right.buffer or (self._spare.pop() if self._spare else _Buffer(left.tensors))
+        for one, other, into in zip(left.tensors, right.tensors, buffer.views, strict=True):
+            torch.lerp(one, other, share, out=into)
+        return _Part(weight, buffer.views, buffer)
+
+
+@dataclass
+class _Products:
+    """``sum_k w_k B_k A_k`` of some places: by layer a pair ``B``, ``A`` or, where that is smaller, the matrix."""
+
+    weight: float
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    matrices: dict[str, Tensor] = field(default_factory=dict)
+
+
+class TreeProducts:
+    """The mean of the products ``M = sum_k p_k B_k A_k`` by layer, in float64, for `errors`.
+
+    A node holds a layer as one stacked pair, or as a matrix once that is smaller: never more than the layer's own size.
+
+    Args:
+        layers: the factorised layers.
+        places: how many clients there may be, at least 1.
+    """
+
+    def __init__(self, layers: Sequence[FactorisedLayer], places: int) -> None:
+        self._layers = {layer.name: layer for layer in layers}
+        self._tree: FixedTree[_Products] = FixedTree(places, self._merge)
+
+    def add(self, place: int, adapter: Mapping[str, Tensor], weight: float) -> None:
+        """Take a client's adapter in; a layer whose product one client does not tell is left out.
+
+        Raises:
+            ValueError: if the place is known.
+        """
+        pairs = {}
+        for name, layer in self._layers.items():
+            if has_product(layer, adapter):
+                a, b = as_pair(layer, {key: adapter[key].double() for key in layer.keys if key in adapter})
+                pairs[name] = (b * weight, a)
+        self._tree.put(place, _Products(weight, pairs))
+
+    def skip(self, place: int) -> None:
+        """Nothing will come for a place."""
+        self._tree.put(place, None)
+
+    def errors(self, applied: Mapping[str, Tensor]) -> dict[str, float]:
+        """``||M - D||_F / ||M||_F`` for every layer whose products are known; see `aggregation_error`.
+
+        Args:
+            applied: the adapter whose product is ``D``.
+        """
+        whole = self._tree.result()
+        if whole is None:
+            return {}
+        errors = {}
+        for name, layer in self._layers.items():
+            if not has_product(layer, applied):
+                continue
+            if name in whole.matrices:
+                exact = {layer.delta_key: layer.as_weight(whole.matrices[name] / whole.weight)}
+            elif name in whole.pairs:
+                b, a = whole.pairs[name]
+                exact = {layer.a_key: a, layer.b_key: b / whole.weight}
+            else:
+                continue
+            errors[name] = product_error(layer, exact, applied)
+        return errors
+
+    def _merge(self, left: _Products, right: _Products) -> _Products:
+        merged = _Products(left.weight + right.weight, {})
+        with single_thread():
+            for name, layer in self._layers.items():
+                one, other = left.pairs.get(name), right.pairs.get(name)
+                if one is not None and other is not None:
+                    rank = len(one[1]) + len(other[1])
+                    if rank * (layer.out_features + layer.in_features) < layer.out_features * layer.in_features:
+                        merged.pairs[name] = (torch.cat([one[0], other[0]], 1), torch.cat([one[1], other[1]]))
+                    else:
+                        merged.matrices[name] = (one[0] @ one[1]).addmm_(*other)
+                elif name in left.matrices and name in right.matrices:
+                    merged.matrices[name] = left.matrices[name].add_(right.matrices[name])
+                elif name in left.matrices and other is not None:
+                    merged.matrices[name] = left.matrices[name].addmm_(*other)
+                elif name in right.matrices and one is not None:
+                    merged.matrices[name] = right.matrices[name].addmm_(*one)
+        return merged
