@@ -2,6 +2,7 @@
 
 from fedloru_flwr.lowrank.aggregation import (
     aggregation_error,
+    aggregation_errors,
     best_pair,
     cut,
     mean_product,
@@ -48,6 +49,7 @@ __all__ = [
     "TreeMean",
     "TreeProducts",
     "aggregation_error",
+    "aggregation_errors",
     "as_pair",
     "best_pair",
     "choose",

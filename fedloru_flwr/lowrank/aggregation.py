@@ -14,6 +14,7 @@ from fedloru_flwr.lowrank.factors import (
     FactorisedLayer,
     as_pair,
     at_least_float32,
+    has_product,
     product,
     single_thread,
     truncate,
@@ -85,11 +86,24 @@ def aggregation_error(
     return product_error(layer, {layer.a_key: a, layer.b_key: b}, applied)
 
 
+def aggregation_errors(
+    layers: Sequence[FactorisedLayer], adapters: Adapters, weights: Sequence[float], applied: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """`aggregation_error` of every layer whose products all of them tell, by its name."""
+    known = [layer for layer in layers if all(has_product(layer, one) for one in (*adapters, applied))]
+    return {
+        layer.name: aggregation_error(layer, [of(layer, one) for one in adapters], weights, applied) for layer in known
+    }
+
+
+def of(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> Adapter:
+    """What an adapter holds of one layer."""
+    return {key: adapter[key] for key in layer.keys if key in adapter}
+
+
 def product_error(layer: FactorisedLayer, exact: Mapping[str, Tensor], applied: Mapping[str, Tensor]) -> float:
     r"""Return ``||M - D||_F / ||M||_F`` as `aggregation_error` does, with ``M`` the product of ``exact``."""
-    exact, applied = (
-        {key: adapter[key].double() for key in layer.keys if key in adapter} for adapter in (exact, applied)
-    )
+    exact, applied = (_double(of(layer, adapter)) for adapter in (exact, applied))
     if layer.delta_key in exact or layer.delta_key in applied:
         matrix = layer.as_matrix(product(layer, exact))
         difference = matrix - layer.as_matrix(product(layer, applied))

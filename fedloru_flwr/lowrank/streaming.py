@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fedloru_flwr.lowrank.aggregation import product_error
+from fedloru_flwr.lowrank.aggregation import of, product_error
 from fedloru_flwr.lowrank.factors import FactorisedLayer, as_pair, at_least_float32, has_product, single_thread
 
 T = TypeVar("T")
@@ -56,7 +56,13 @@ class FixedTree(Generic[T]):
                     return
                 other = self._nodes.pop((level, sibling))
                 left, right = (value, other) if index < sibling else (other, value)
-                value = self._merge(left, right) if left is not None and right is not None else left if right is None else right
+                value = (
+                    self._merge(left, right)
+                    if left is not None and right is not None
+                    else left
+                    if right is None
+                    else right
+                )
             level, index, width = level + 1, index // 2, (width + 1) // 2
         self._root = value
 
@@ -205,7 +211,7 @@ class TreeProducts:
         pairs = {}
         for name, layer in self._layers.items():
             if has_product(layer, adapter):
-                a, b = as_pair(layer, {key: adapter[key].double() for key in layer.keys if key in adapter})
+                a, b = as_pair(layer, {key: value.double() for key, value in of(layer, adapter).items()})
                 pairs[name] = (b * weight, a)
         self._tree.put(place, _Products(weight, pairs))
 

@@ -30,6 +30,7 @@ class FLoRA(LowRankStrategy):
     algorithm = "flora"
     accumulation = Accumulation(refused="its stacked products go into the model after every round as it is")
     fixed_form = "stacks are of pairs"
+    needs_each_reply = "FLoRA stacks the factors of all"
     refused: ClassVar[Mapping[str, str]] = {
         "inner": "FLoRA stacks factors and averages nothing but dense leaves",
         "scaffold": "the factors are drawn anew every round, so that they never have control variates",

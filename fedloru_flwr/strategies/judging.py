@@ -138,8 +138,10 @@ def distance(tensors: Mapping[str, Tensor], origin: Mapping[str, Tensor]) -> flo
     """
     norms, buffer = [], torch.empty(_PIECE, dtype=torch.float64)
     for name, tensor in tensors.items():
-        for one, other in zip(tensor.reshape(-1).split(_PIECE), origin[name].reshape(-1).split(_PIECE), strict=True):
-            difference = buffer[: len(one)].copy_(one).sub_(other)
+        flat, other = tensor.reshape(-1), origin[name].reshape(-1)
+        for begin in range(0, len(flat), _PIECE):
+            piece = flat[begin : begin + _PIECE]
+            difference = buffer[: len(piece)].copy_(piece).sub_(other[begin : begin + _PIECE])
             norms.append(math.sqrt(torch.dot(difference, difference).item()))
     return math.hypot(*norms)
 

@@ -21,7 +21,9 @@ class StreamingGrid(Protocol):
         """Send messages and give each reply as soon as it is there; end when all are, or when time is up."""
 
 
-def receive(grid: Grid, messages: Sequence[Message], turn: Sequence[int], size: int, timeout: float) -> Iterator[Message]:
+def receive(
+    grid: Grid, messages: Sequence[Message], turn: Sequence[int], size: int, timeout: float
+) -> Iterator[Message]:
     """Send messages and give each reply that comes in time, in any order.
 
     From Flower's own grids replies are pulled in a window: those to the first messages, by ``turn``, that are without
