@@ -6,12 +6,14 @@ acceptance depends on the others is set aside until they are there, on disk beyo
 kept (`Keeping`).
 """
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from logging import WARNING
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from flwr.app import Message
 from flwr.common.logger import log
@@ -24,7 +26,6 @@ from fedloru_flwr.strategies.judging import Expected, Rejected, judge, metrics_s
 from fedloru_flwr.strategies.orders import in_turn
 from fedloru_flwr.strategies.roster import Roster, RosterError
 
-_IN_MEMORY_BYTES = 64 * 2**20
 _PARTS = ("tensors", "statistics", "extras")
 
 
@@ -67,9 +68,6 @@ class Keeper(Protocol):
     def skip(self, client: str) -> None:
         """There will be no good reply of a client that was asked."""
 
-    def close(self) -> None:
-        """Remove what is kept elsewhere than in memory."""
-
 
 class Keeping:
     """Keeps every reply whole."""
@@ -88,9 +86,6 @@ class Keeping:
         """See `Keeper`."""
 
     def skip(self, client: str) -> None:
-        """See `Keeper`."""
-
-    def close(self) -> None:
         """See `Keeper`."""
 
 
@@ -218,15 +213,12 @@ class Aside:
 
 
 class Shelf:
-    """Where replies are set aside: in memory up to a limit, and from there on in temporary files.
+    """Where replies are set aside: in memory up to a limit in bytes, and from there on in temporary files."""
 
-    Args:
-        limit: in bytes.
-    """
+    limit: ClassVar[int] = 64 * 2**20
 
-    def __init__(self, limit: int = _IN_MEMORY_BYTES) -> None:
-        self._limit = limit
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+    def __init__(self) -> None:
+        self._directory: Path | None = None
         self._count = 0
         self.used = 0
 
@@ -234,20 +226,18 @@ class Shelf:
         """Set tensors aside."""
         aside = Aside(self, parts)
         self.used += aside.size
-        if self.used > self._limit:
+        if self.used > self.limit:
             try:
-                self._directory = self._directory or tempfile.TemporaryDirectory(prefix="fedloru-")
+                if self._directory is None:
+                    self._directory = Path(tempfile.mkdtemp(prefix="fedloru-"))
+                    # Whatever ends the round: nothing of it is left on disk.
+                    weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
                 self._count += 1
-                aside.write(Path(self._directory.name) / f"{self._count}.safetensors")
+                aside.write(self._directory / f"{self._count}.safetensors")
                 self.used -= aside.size
             except Exception as error:  # the disk is full, say: safetensors has a type of error of its own
                 log(WARNING, "a reply set aside stays in memory: %s", error)
         return aside
-
-    def close(self) -> None:
-        """Remove the files."""
-        if self._directory is not None:
-            self._directory.cleanup()
 
 
 @dataclass(frozen=True)
@@ -291,22 +281,16 @@ class Folding:
         form: what of a reply is folded.
         certain_norm: see `judging.certain_norm`.
         layers: whose products are averaged too.
-        shelf: where replies are set aside.
     """
 
     def __init__(
-        self,
-        clients: Collection[str],
-        form: Form,
-        certain_norm: float,
-        layers: Sequence[FactorisedLayer],
-        shelf: Shelf | None = None,
+        self, clients: Collection[str], form: Form, certain_norm: float, layers: Sequence[FactorisedLayer]
     ) -> None:
         self._place = {client: place for place, client in enumerate(sorted(clients, key=in_turn))}
         self._form = form
         self._certain_norm = certain_norm
         self._layers = layers
-        self._shelf = shelf or Shelf()
+        self._shelf = Shelf()
         self._shape: object = None
         self._skipped: set[str] = set()
         self._begin()
@@ -367,17 +351,12 @@ class Folding:
         places = {client: len(self._place) + index for index, client in enumerate(others)}
         for client in waiting:
             self._fold(places.get(client, self._place.get(client, 0)), client, good[client])
-        self._shelf.close()
         mean, weight = self._mean.result()
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in _PARTS}
         for key, value in mean.items():
             name, _, own = key.partition("/")
             parts[name][own] = value
         return Folded(weight, parts["tensors"], parts["statistics"], parts["extras"], self._products)
-
-    def close(self) -> None:
-        """See `Keeper`."""
-        self._shelf.close()
 
     def _fold(self, place: int, client: str, kept: Kept) -> None:
         if kept.aside is not None:

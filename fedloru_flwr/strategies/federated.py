@@ -544,10 +544,7 @@ class FederatedStrategy(Strategy):
         self, grid: Grid, server_round: int, config: ConfigRecord, timeout: float
     ) -> tuple[Exchange, MetricRecord | None]:
         exchange = self._exchange(grid, "train", server_round, config, timeout)
-        try:
-            outcome, metrics, statistics, changes = self._aggregate(server_round, exchange)
-        finally:
-            exchange.keeper.close()
+        outcome, metrics, statistics, changes = self._aggregate(server_round, exchange)
         before = self.state
         if outcome is not None and self.scaffold:
             self._memory.examples |= {client: self._weight(kept.reply) for client, kept in exchange.good.items()}
@@ -579,7 +576,6 @@ class FederatedStrategy(Strategy):
         self._errors = {}
         if not exchange.good:
             return _Aggregate()
-        measures = self._measures_aggregation
         if isinstance(exchange.keeper, Folding):
             folded = exchange.keeper.finish(exchange.good)
             arrays, metrics = self.inner.aggregate_train(server_round, [self._as_one(exchange, folded)])
@@ -596,7 +592,7 @@ class FederatedStrategy(Strategy):
             return _Aggregate(metrics=metrics)
         outcome = self._settle(self._as_trainables(arrays), replies)
         weights = [reply.weight for reply in replies]
-        if measures:
+        if self._measures_aggregation:
             adapters = [self._adapter_of(reply) for reply in replies]
             self._errors = aggregation_errors(self.plan.layers, adapters, weights, outcome.applied)
         statistics = {}
@@ -701,6 +697,7 @@ class FederatedStrategy(Strategy):
                 if 0 < (budget := self._roster.budget(client)) < self.settings.rank:
                     told = f"it can train rank {budget} at most, this method needs rank {self.settings.rank}"
                     exchange.failures[client] = told
+                    exchange.keeper.skip(client)
                     del node_of[client]
         exchange.work = {client: self._assign(client, half) for client in node_of}
         records: dict[tuple[int, str], ArrayRecord] = {}
