@@ -1,8 +1,13 @@
 """Replies folded into their mean as they come give what all replies at once give, in whatever order they come."""
 
 import copy
+import json
+import os
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -341,3 +346,17 @@ def test_a_grid_of_ones_own_is_used_as_it_says_itself():
     assert rows[1] == rows[0]
     assert all(list(row["failures"].values()) == ["no reply within 3600 s"] for row in rows[2])
     assert receiving._overrides(Streaming(client_app(NET), 1), "send_and_stream", "send_and_receive")
+
+
+def memory_for(replies):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "benchmarks" / "streaming.py"), "round", "--replies", str(replies)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return json.loads(told.splitlines()[-1])["extra_memory_mib"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_a_thousand_replies_need_the_memory_of_a_hundred():
+    assert memory_for(1000) < 1.2 * memory_for(100)
