@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from safetensors import SafetensorError
@@ -245,14 +245,15 @@ def lent_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     """
     tensors = {}
     for name, array in record.items():
-        head = _PLAIN_ARRAY.match(array.data) if array.stype == "numpy.ndarray" else None
+        plain = array.stype == "numpy.ndarray" and isinstance(array.data, bytes)
+        head = _PLAIN_ARRAY.match(array.data) if plain else None
         if head is not None and head.end() == 10 + int.from_bytes(head[1], "little"):
             shape = [int(length) for length in head[3].split(b",") if length.strip()]
             dtype, count = torch.float32 if head[2] == b"4" else torch.float64, math.prod(shape)
             if count and len(array.data) == head.end() + count * dtype.itemsize:
                 tensors[name] = torch.frombuffer(array.data, dtype=dtype, offset=head.end()).view(shape)
                 continue
-        tensors |= to_tensors(ArrayRecord({name: array}))
+        tensors[name] = _parse(array)
     return tensors
 
 
@@ -262,8 +263,12 @@ def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     Raises:
         WireError: if an array does not parse.
     """
+    return {name: _parse(array) for name, array in record.items()}
+
+
+def _parse(array: Array) -> Tensor:
     try:
-        return dict(record.to_torch_state_dict())
+        return torch.from_numpy(array.numpy())
     except Exception as error:  # numpy raises many kinds on malformed bytes
         raise WireError(f"an array does not parse: {error}") from error
 

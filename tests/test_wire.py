@@ -477,3 +477,39 @@ def test_numbers_that_are_not_finite_travel_as_they_are():
     metrics = MetricRecord({"num-examples": 1, "loss": math.nan})
     reply = wire.reply_content(wire.read_order(sent(order())), client="1", metrics=metrics, tensors=TENSORS)
     assert math.isnan(wire.read_reply(reply, trained=True).metrics["loss"])
+
+
+def test_lent_tensors_are_those_of_a_copy_and_lie_in_the_message():
+    tensors = {
+        "float": torch.randn(3, 5),
+        "double": torch.randn(7, dtype=torch.float64),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 2),
+        "half": torch.randn(4).half(),
+        "whole": torch.arange(3),
+    }
+    record = wire.to_record(tensors)
+    lent = wire.lent_tensors(record)
+    assert list(lent) == list(tensors)
+    for name, tensor in tensors.items():
+        assert (lent[name].dtype, lent[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(lent[name], tensor)
+    again = wire.lent_tensors(record)
+    assert [name for name in tensors if lent[name].data_ptr() == again[name].data_ptr()] == [
+        "float", "double", "scalar", "empty",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x93NUMPY of no use",
+        wire.to_record({"x": torch.ones(3)})["x"].data[:-1],
+        wire.to_record({"x": torch.ones(3)})["x"].data.replace(b"(3,)", b"(9,)"),
+        wire.to_record({"x": torch.ones(3)})["x"].data.replace(b"'<f4'", b"'|O4'"),
+    ],
+)
+def test_bytes_that_are_no_array_are_not_lent(data):
+    with pytest.raises(wire.WireError, match="an array does not parse"):
+        wire.lent_tensors(ArrayRecord({"x": Array("float32", (3,), "numpy.ndarray", data)}))

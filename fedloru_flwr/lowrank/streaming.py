@@ -7,6 +7,7 @@ over. So each result is formed by the same operations on the same operands, bit 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -120,10 +121,9 @@ class TreeMean:
     """
 
     def __init__(self, places: int) -> None:
-        self._tree: FixedTree[_Part] = FixedTree(places, self._merge)
+        self._tree: FixedTree[_Part] = FixedTree(places, partial(_merge_means, []))
         self._keys: list[str] = []
         self._shapes: list[torch.Size] = []
-        self._spare: list[_Buffer] = []
 
     def add(self, place: int, tensors: Mapping[str, Tensor], weight: float) -> None:
         """Take a client's tensors in; they must not change until the mean is there.
@@ -165,18 +165,20 @@ class TreeMean:
             raise ValueError("there is no mean of nothing")
         return dict(zip(self._keys, [tensor.clone() for tensor in part.tensors], strict=True)), part.weight
 
-    def _merge(self, left: _Part, right: _Part) -> _Part:
-        weight = left.weight + right.weight
-        share = right.weight / weight
-        if left.buffer is not None and right.buffer is not None:
-            for into, other in zip(left.buffer.flats, right.buffer.flats, strict=True):
-                into.lerp_(other, share)
-            self._spare.append(right.buffer)
-            return _Part(weight, left.tensors, left.buffer)
-        buffer = left.buffer or right.buffer or (self._spare.pop() if self._spare else _Buffer(left.tensors))
-        for one, other, into in zip(left.tensors, right.tensors, buffer.views, strict=True):
-            torch.lerp(one, other, share, out=into)
-        return _Part(weight, buffer.views, buffer)
+
+def _merge_means(spare: list[_Buffer], left: _Part, right: _Part) -> _Part:
+    """The weighted mean of both, in the buffer of either or a spare one."""
+    weight = left.weight + right.weight
+    share = right.weight / weight
+    if left.buffer is not None and right.buffer is not None:
+        for into, other in zip(left.buffer.flats, right.buffer.flats, strict=True):
+            into.lerp_(other, share)
+        spare.append(right.buffer)
+        return _Part(weight, left.tensors, left.buffer)
+    buffer = left.buffer or right.buffer or (spare.pop() if spare else _Buffer(left.tensors))
+    for one, other, into in zip(left.tensors, right.tensors, buffer.views, strict=True):
+        torch.lerp(one, other, share, out=into)
+    return _Part(weight, buffer.views, buffer)
 
 
 @dataclass
@@ -200,7 +202,7 @@ class TreeProducts:
 
     def __init__(self, layers: Sequence[FactorisedLayer], places: int) -> None:
         self._layers = {layer.name: layer for layer in layers}
-        self._tree: FixedTree[_Products] = FixedTree(places, self._merge)
+        self._tree: FixedTree[_Products] = FixedTree(places, partial(_merge_products, layers))
 
     def add(self, place: int, adapter: Mapping[str, Tensor], weight: float) -> None:
         """Take a client's adapter in; a layer whose product one client does not tell is left out.
@@ -242,21 +244,24 @@ class TreeProducts:
             errors[name] = product_error(layer, exact, applied)
         return errors
 
-    def _merge(self, left: _Products, right: _Products) -> _Products:
-        merged = _Products(left.weight + right.weight, {})
-        with single_thread():
-            for name, layer in self._layers.items():
-                one, other = left.pairs.get(name), right.pairs.get(name)
-                if one is not None and other is not None:
-                    rank = len(one[1]) + len(other[1])
-                    if rank * (layer.out_features + layer.in_features) < layer.out_features * layer.in_features:
-                        merged.pairs[name] = (torch.cat([one[0], other[0]], 1), torch.cat([one[1], other[1]]))
-                    else:
-                        merged.matrices[name] = (one[0] @ one[1]).addmm_(*other)
-                elif name in left.matrices and name in right.matrices:
-                    merged.matrices[name] = left.matrices[name].add_(right.matrices[name])
-                elif name in left.matrices and other is not None:
-                    merged.matrices[name] = left.matrices[name].addmm_(*other)
-                elif name in right.matrices and one is not None:
-                    merged.matrices[name] = right.matrices[name].addmm_(*one)
-        return merged
+
+def _merge_products(layers: Sequence[FactorisedLayer], left: _Products, right: _Products) -> _Products:
+    """The sum of both, of the layers that both know."""
+    merged = _Products(left.weight + right.weight, {})
+    with single_thread():
+        for layer in layers:
+            name = layer.name
+            one, other = left.pairs.get(name), right.pairs.get(name)
+            if one is not None and other is not None:
+                rank = len(one[1]) + len(other[1])
+                if rank * (layer.out_features + layer.in_features) < layer.out_features * layer.in_features:
+                    merged.pairs[name] = (torch.cat([one[0], other[0]], 1), torch.cat([one[1], other[1]]))
+                else:
+                    merged.matrices[name] = (one[0] @ one[1]).addmm_(*other)
+            elif name in left.matrices and name in right.matrices:
+                merged.matrices[name] = left.matrices[name].add_(right.matrices[name])
+            elif name in left.matrices and other is not None:
+                merged.matrices[name] = left.matrices[name].addmm_(*other)
+            elif name in right.matrices and one is not None:
+                merged.matrices[name] = right.matrices[name].addmm_(*one)
+    return merged

@@ -159,14 +159,14 @@ class Orders:
         size = max(size for _, _, size in contents.values())
         timeout = max(0.0, deadline - time.monotonic())
         by_node = {node_of[client]: client for client in asked}
-        by_message: dict[str, str] = {}
         unheard = set(asked)
         for reply in receive(grid, list(asked.values()), turn, size, timeout):
-            by_message = by_message or {message.metadata.message_id: client for client, message in asked.items()}
-            # For a node that is gone the SuperLink replies, as itself.
             told = reply.metadata
-            whose = by_node.get(told.src_node_id) or by_message.get(told.reply_to_message_id)
-            if whose not in unheard:
+            whose = by_node.get(told.src_node_id)
+            if whose is None and (to := told.reply_to_message_id):
+                # For a node that is gone the SuperLink replies, as itself.
+                whose = next((client for client, message in asked.items() if message.metadata.message_id == to), None)
+            if whose is None or whose not in unheard:
                 log(WARNING, "a reply to none of this round's messages is ignored")
                 continue
             unheard.remove(whose)
