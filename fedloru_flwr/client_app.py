@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from dataclasses import replace
+from functools import partial
 
 import torch
 from flwr.app import Context, Message
@@ -15,7 +16,7 @@ from fedloru_flwr.clients.together import Request, Together
 from fedloru_flwr.clients.training import choose_device, evaluate, train_locally
 from fedloru_flwr.config import RunConfig
 from fedloru_flwr.data import ClientData
-from fedloru_flwr.engines.in_process import answers, client_context
+from fedloru_flwr.engines.in_process import answers, client_context, handle
 from fedloru_flwr.packets import ACTION, Packet, pack_replies, unpack_orders
 from fedloru_flwr.workload import client_data, local_optimisation, network_factory
 
@@ -124,7 +125,7 @@ def _hosted(message: Message, context: Context) -> Message:
     replies: list[Message] = []
     for share in unpack_orders(Packet.from_record_dict(message.content)):
         requests = [(one, client_context(one.metadata.dst_node_id, count, context.run_config)) for one in share]
-        replies += answers(app, requests, train_or_evaluate_together)
+        replies += answers(partial(handle, app), requests, train_or_evaluate_together)
     return Message(pack_replies(replies).to_record_dict(), reply_to=message)
 
 

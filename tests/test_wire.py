@@ -53,6 +53,13 @@ def same(one, other):
     )
 
 
+def reply_content(to, *, tensors=None, **parts):
+    """The records of a reply to an order, as a client sends them."""
+    keys = {"arrays_key": to.arrays_key, "config_key": to.config_key}
+    reply = wire.make_reply(to, tensors=tensors, **parts)
+    return wire.ReadyReply(reply, trained=tensors is not None, reply_to=sent(order()), **keys).content
+
+
 def test_an_order_makes_the_round_trip_and_keeps_the_users_settings():
     entries = (entry(), entry(entry().digest, 2.0))
     content = order(entries=wire.entries_to_bytes(entries), statistics=STATISTICS)
@@ -81,8 +88,8 @@ def test_an_order_carries_the_clients_work_its_own_arrays_and_extras():
 def test_a_replys_extras_make_the_round_trip_and_are_weighed():
     extras = {"control/b": torch.arange(3.0)}
     parts = {"client": "1", "metrics": MetricRecord({"num-examples": 1}), "tensors": TENSORS}
-    without = wire.reply_content(wire.read_order(sent(order())), **parts)
-    content = wire.reply_content(wire.read_order(sent(order())), **parts, extras=extras)
+    without = reply_content(wire.read_order(sent(order())), **parts)
+    content = reply_content(wire.read_order(sent(order())), **parts, extras=extras)
     assert same(wire.read_reply(content, trained=True).extras, extras)
     assert wire.extras_bytes(without) == 0
     assert wire.extras_bytes(content) > 12
@@ -119,7 +126,7 @@ def test_a_supply_of_entries_makes_the_round_trip():
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_reply_makes_the_round_trip(trained):
     read_order = wire.read_order(sent(order()))
-    content = wire.reply_content(
+    content = reply_content(
         read_order,
         client="ö/1",
         metrics=MetricRecord({"loss": 0.5, "num-examples": 3}),
@@ -185,7 +192,7 @@ def test_another_protocol_version_is_refused_by_name_on_both_sides():
     told = r"protocol-version is 1, this side speaks 3: install the same version of fedloru-flwr"
     with pytest.raises(WireError, match=told):
         wire.read_order(sent(change_header(order(), protocol=1)))
-    reply = wire.reply_content(wire.read_order(sent(order())), client="1", metrics=MetricRecord({"num-examples": 1}))
+    reply = reply_content(wire.read_order(sent(order())), client="1", metrics=MetricRecord({"num-examples": 1}))
     with pytest.raises(WireError, match=told):
         wire.read_reply(change_header(reply, protocol=1), trained=False)
     with pytest.raises(WireError, match=told):
@@ -475,5 +482,41 @@ def test_the_reason_of_an_error_is_its_exceptions_kind_and_text_wherever_it_came
 def test_numbers_that_are_not_finite_travel_as_they_are():
     """Judging is the server's part."""
     metrics = MetricRecord({"num-examples": 1, "loss": math.nan})
-    reply = wire.reply_content(wire.read_order(sent(order())), client="1", metrics=metrics, tensors=TENSORS)
+    reply = reply_content(wire.read_order(sent(order())), client="1", metrics=metrics, tensors=TENSORS)
     assert math.isnan(wire.read_reply(reply, trained=True).metrics["loss"])
+
+
+def test_lent_tensors_are_those_of_a_copy_and_lie_in_the_message():
+    tensors = {
+        "float": torch.randn(3, 5),
+        "double": torch.randn(7, dtype=torch.float64),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 2),
+        "half": torch.randn(4).half(),
+        "whole": torch.arange(3),
+    }
+    record = wire.to_record(tensors)
+    lent = wire.lent_tensors(record)
+    assert list(lent) == list(tensors)
+    for name, tensor in tensors.items():
+        assert (lent[name].dtype, lent[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(lent[name], tensor)
+    again = wire.lent_tensors(record)
+    assert [name for name in tensors if lent[name].data_ptr() == again[name].data_ptr()] == [
+        "float", "double", "scalar", "empty",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x93NUMPY of no use",
+        wire.to_record({"x": torch.ones(3)})["x"].data[:-1],
+        wire.to_record({"x": torch.ones(3)})["x"].data.replace(b"(3,)", b"(9,)"),
+        wire.to_record({"x": torch.ones(3)})["x"].data.replace(b"'<f4'", b"'|O4'"),
+    ],
+)
+def test_bytes_that_are_no_array_are_not_lent(data):
+    with pytest.raises(wire.WireError, match="an array does not parse"):
+        wire.lent_tensors(ArrayRecord({"x": Array("float32", (3,), "numpy.ndarray", data)}))

@@ -111,7 +111,14 @@ class InProcessGrid(Grid):
     def _answers(self, requests: Sequence[Request]) -> Iterator[Message]:
         """The replies to messages that are sent together, in order."""
         for part in shares(len(requests), self._at_once):
-            yield from answers(self._app, requests[part], self._handle_together)
+            yield from self._answer_share(requests[part])
+
+    def _answer_share(self, requests: Sequence[Request]) -> Iterator[Message]:
+        return answers(lambda message, _: self._handle(message), requests, self._handle_together)
+
+    def _handle(self, message: Message) -> Message:
+        """The reply to one message."""
+        return handle(self._app, message, self._contexts[message.metadata.dst_node_id])
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Take the replies to these messages."""
@@ -138,11 +145,13 @@ def shares(count: int, at_once: int) -> list[slice]:
     return [slice(count * i // number, count * (i + 1) // number) for i in range(number)]
 
 
-def answers(app: ClientApp, requests: Sequence[Request], together: Together | None = None) -> Iterator[Message]:
+def answers(
+    alone: Callable[[Message, Context], Message], requests: Sequence[Request], together: Together | None = None
+) -> Iterator[Message]:
     """Handle messages of clients that live in this process, one after the other or as one; replies in order.
 
     Args:
-        app: handles what is not handled as one; what it raises becomes an error reply, as in Flower.
+        alone: handles what is not handled as one, see `handle`.
         requests: the messages, each with its client's context.
         together: see `InProcessGrid`.
     """
@@ -151,12 +160,13 @@ def answers(app: ClientApp, requests: Sequence[Request], together: Together | No
         early = together(list(requests))
     for (message, context), reply in zip(requests, early, strict=True):
         if reply is None:
-            yield _handle(app, message, context)
+            yield alone(message, context)
         else:
             yield error_reply(reply, message) if isinstance(reply, Exception) else reply
 
 
-def _handle(app: ClientApp, message: Message, context: Context) -> Message:
+def handle(app: ClientApp, message: Message, context: Context) -> Message:
+    """The app's reply to a message; what it raises becomes an error reply, as in Flower."""
     # The app gets records of its own: what it changes in them must not reach the next client.
     records = {key: type(record)(dict(record)) for key, record in message.content.items()}  # type: ignore[arg-type]
     own = copy(message)

@@ -14,12 +14,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 from flwr.app import Message
 
-from fedloru_flwr.engines.in_process import InProcessGrid, Request, answers, client_context, shares
+from fedloru_flwr.engines.in_process import InProcessGrid, Request, answers, client_context, handle, shares
 from fedloru_flwr.engines.workers import Worker, Workers, dumps
 from fedloru_flwr.packets import pack_orders, pack_replies, unpack_orders, unpack_replies
 
@@ -65,7 +66,7 @@ class ProcessGrid(InProcessGrid):
         parts = [requests[part] for part in shares(len(requests), self._at_once)]
         if len(parts) < 2 or not self._workers:
             for part in parts:
-                yield from answers(self._app, part, self._handle_together)
+                yield from self._answer_share(part)
             return
         yield from _Round(parts, self).replies()
 
@@ -104,7 +105,7 @@ class _Round:
                 if not self._waiting:
                     return
                 index = self._waiting.popleft()
-            replies = list(answers(self._grid._app, self._parts[index], self._grid._handle_together))
+            replies = list(self._grid._answer_share(self._parts[index]))
             self._note(index, replies)
 
     def _hand_out(self, worker: Worker) -> None:
@@ -163,7 +164,7 @@ def _serve(connection: Connection) -> None:
             (message, client_context(message.metadata.dst_node_id, start.num_supernodes, start.run_config))
             for message in messages
         ]
-        packet = pack_replies(list(answers(app, requests, train_or_evaluate_together)))
+        packet = pack_replies(list(answers(partial(handle, app), requests, train_or_evaluate_together)))
         connection.send_bytes(dumps(packet))
 
 

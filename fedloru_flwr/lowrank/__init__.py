@@ -2,6 +2,7 @@
 
 from fedloru_flwr.lowrank.aggregation import (
     aggregation_error,
+    aggregation_errors,
     best_pair,
     cut,
     mean_product,
@@ -35,15 +36,20 @@ from fedloru_flwr.lowrank.random import (
     uniform,
 )
 from fedloru_flwr.lowrank.schedules import AccumulationSchedule, LearningRateSchedule
+from fedloru_flwr.lowrank.streaming import FixedTree, TreeMean, TreeProducts
 
 __all__ = [
     "AccumulationSchedule",
     "Adapter",
     "Entry",
     "FactorisedLayer",
+    "FixedTree",
     "LearningRateSchedule",
     "Ledger",
+    "TreeMean",
+    "TreeProducts",
     "aggregation_error",
+    "aggregation_errors",
     "as_pair",
     "best_pair",
     "choose",

@@ -14,6 +14,7 @@ from fedloru_flwr.lowrank.factors import (
     FactorisedLayer,
     as_pair,
     at_least_float32,
+    has_product,
     product,
     single_thread,
     truncate,
@@ -75,18 +76,43 @@ def aggregation_error(
     Computed in float64, from the factors through ``||B A||_F^2 = tr((B^T B)(A A^T))`` where that takes fewer operations
     than forming the product.
     """
-    if any(layer.delta_key in one for one in (*adapters, applied)):
-        exact = layer.as_matrix(mean_product(layer, [_double(one) for one in adapters], weights))
-        difference = exact - layer.as_matrix(product(layer, _double(applied)))
-        norms = float(torch.linalg.matrix_norm(difference)), float(torch.linalg.matrix_norm(exact))
+    if any(layer.delta_key in one for one in adapters):
+        return product_error(
+            layer, {layer.delta_key: mean_product(layer, [_double(one) for one in adapters], weights)}, applied
+        )
+    pairs = [as_pair(layer, _double(adapter)) for adapter in adapters]
+    a = torch.cat([a for a, _ in pairs])
+    b = torch.cat([b * share for (_, b), share in zip(pairs, shares(weights), strict=True)], dim=1)
+    return product_error(layer, {layer.a_key: a, layer.b_key: b}, applied)
+
+
+def aggregation_errors(
+    layers: Sequence[FactorisedLayer], adapters: Adapters, weights: Sequence[float], applied: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """`aggregation_error` of every layer whose products all of them tell, by its name."""
+    known = [layer for layer in layers if all(has_product(layer, one) for one in (*adapters, applied))]
+    return {
+        layer.name: aggregation_error(layer, [of(layer, one) for one in adapters], weights, applied) for layer in known
+    }
+
+
+def of(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> Adapter:
+    """What an adapter holds of one layer."""
+    return {key: adapter[key] for key in layer.keys if key in adapter}
+
+
+def product_error(layer: FactorisedLayer, exact: Mapping[str, Tensor], applied: Mapping[str, Tensor]) -> float:
+    r"""Return ``||M - D||_F / ||M||_F`` as `aggregation_error` does, with ``M`` the product of ``exact``."""
+    exact, applied = (_double(of(layer, adapter)) for adapter in (exact, applied))
+    if layer.delta_key in exact or layer.delta_key in applied:
+        matrix = layer.as_matrix(product(layer, exact))
+        difference = matrix - layer.as_matrix(product(layer, applied))
+        norms = float(torch.linalg.matrix_norm(difference)), float(torch.linalg.matrix_norm(matrix))
     else:
-        pairs = [as_pair(layer, _double(adapter)) for adapter in (*adapters, applied)]
-        coefficients = [*shares(weights), -1.0]
-        a = torch.cat([a for a, _ in pairs])
-        b = torch.cat([b * c for (_, b), c in zip(pairs, coefficients, strict=True)], dim=1)
-        clients = len(a) - len(pairs[-1][0])
+        (a, b), (applied_a, applied_b) = as_pair(layer, exact), as_pair(layer, applied)
         with single_thread():
-            norms = _product_norm(b, a), _product_norm(b[:, :clients], a[:clients])
+            gap = _product_norm(torch.cat([b, -applied_b], dim=1), torch.cat([a, applied_a]))
+            norms = gap, _product_norm(b, a)
     return norms[0] / norms[1] if norms[1] > 0 else 0.0
 
 

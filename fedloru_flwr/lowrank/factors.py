@@ -73,6 +73,11 @@ class FactorisedLayer:
         return tuple(f"{self.name}.hada_{part}" for part in HADAMARD_PARTS)  # type: ignore[return-value]  # four
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys under which an adapter may hold something of this layer."""
+        return (self.a_key, self.b_key, self.delta_key, *self.hadamard_keys)
+
+    @property
     def out_features(self) -> int:
         """Rows of the weight seen as a matrix."""
         return self.weight_shape[1] if self.transposed else self.weight_shape[0]

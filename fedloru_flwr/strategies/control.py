@@ -4,7 +4,7 @@ The paper weighs clients equally, in the model's mean as well; here both weigh b
 of the weighted objective.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,19 +13,18 @@ from fedloru_flwr import wire
 
 
 def with_changes(
-    total: Mapping[str, Tensor], changes: Mapping[str, Mapping[str, Tensor]], examples: Mapping[str, float]
+    total: Mapping[str, Tensor], changes: Iterable[tuple[float, Mapping[str, Tensor]]]
 ) -> dict[str, Tensor]:
     """The sum ``sum_k n_k c_k`` with ``n_k (c_k' - c_k)`` of a round's clients.
 
     Args:
         total: the sum before; a key that is missing is zero.
-        changes: what each client sent, by the names of the wire.
-        examples: ``n_k``.
+        changes: ``n_k`` and what the client sent, by the names of the wire; or the sum of the ``n_k`` and the mean.
     """
     after = dict(total)
-    for client, change in changes.items():
+    for examples, change in changes:
         for name, value in change.items():
-            key, gained = name.removeprefix(wire.CONTROL), examples[client] * value
+            key, gained = name.removeprefix(wire.CONTROL), examples * value
             after[key] = after[key] + gained if key in after else gained
     return after
 

@@ -9,12 +9,12 @@ returns as the truth, accumulate if due, evaluate, save.
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypedDict
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
@@ -26,24 +26,24 @@ from torch import Tensor, nn
 
 from fedloru_flwr import wire
 from fedloru_flwr.clients.method import client_method
-from fedloru_flwr.lowrank import AccumulationSchedule, FactorisedLayer, aggregation_error, digest_tensors, weighted_mean
-from fedloru_flwr.lowrank.factors import has_product, rank_bound
+from fedloru_flwr.lowrank import AccumulationSchedule, aggregation_errors, digest_tensors, weighted_mean
+from fedloru_flwr.lowrank.factors import rank_bound
 from fedloru_flwr.models.plan import build_seeded, plan_model
 from fedloru_flwr.strategies import control
 from fedloru_flwr.strategies.books import Books, Memory, Observer, Snapshot
-from fedloru_flwr.strategies.inner import InnerStrategy, plain_average
+from fedloru_flwr.strategies.exchange import Exchange, Folded, Folding, Form, Keeping, gather
+from fedloru_flwr.strategies.inner import InnerStrategy, mean_metrics, plain_average
 from fedloru_flwr.strategies.judging import (
     Expected,
-    Rejected,
     WorkerDiedError,
-    judge,
-    norm_of,
+    certain_norm,
+    distance,
     reject_absurd_updates,
     reject_odd_metrics,
 )
 from fedloru_flwr.strategies.orders import Bill, Orders
 from fedloru_flwr.strategies.ranks import RankMap
-from fedloru_flwr.strategies.roster import Roster, RosterError
+from fedloru_flwr.strategies.roster import Roster
 from fedloru_flwr.strategies.spread import spread
 from fedloru_flwr.strategies.state import (
     Outcome,
@@ -87,19 +87,6 @@ class CommonOptions(TypedDict, total=False):
     evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None
 
 
-class _Exchange:
-    """What came of one phase of a round."""
-
-    def __init__(self, phase: str) -> None:
-        self.phase = phase
-        self.drawn: list[str] = []
-        self.arrays_key = wire.ARRAYS
-        self.work: dict[str, wire.Work] = {}
-        self.good: dict[str, tuple[Message, wire.Reply]] = {}
-        self.common: dict[str, dict[str, Tensor]] = {}
-        self.failures: dict[str, str] = {}
-
-
 @dataclass(frozen=True)
 class Received:
     """One client's good reply: what it was to do, what it sent, and its weight."""
@@ -109,12 +96,22 @@ class Received:
     weight: float
 
 
+class _Aggregate(NamedTuple):
+    """What comes of a round's good replies: nothing but metrics where the inner strategy gives no arrays."""
+
+    outcome: Outcome | None = None
+    metrics: MetricRecord | None = None
+    statistics: Mapping[str, Tensor] = {}
+    changes: Sequence[tuple[float, Mapping[str, Tensor]]] = ()
+
+
 class FederatedStrategy(Strategy):
     """Abstract base of the package's strategies: the loop, the wire, the books.
 
     A method overrides what differs from averaging Trainables: `_payload` (what a client gets), `_reply_like` (what it
     sends), `_common_form` (what the inner strategy averages), `_adapter_of` (the factors a reply stands for) and
-    `_settle` (what the server makes of it all). It declares in `refused` what it cannot be combined with, and why.
+    `_settle` (what the server makes of it all). It declares in `refused` what it cannot be combined with, and why; and
+    in `needs_each_reply` why `_settle` needs the replies themselves and not only their mean, where it does.
 
     Args:
         model: a factory (a class or a function without arguments), built under ``seed``; or an instance.
@@ -159,6 +156,7 @@ class FederatedStrategy(Strategy):
     refused: ClassVar[Mapping[str, str]] = {}
     has_global_model: ClassVar[bool] = True
     has_personal_model: ClassVar[bool] = False
+    needs_each_reply: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -261,6 +259,7 @@ class FederatedStrategy(Strategy):
         self._silent: set[str] = set()
         self._just_accumulated = False
         self._inner_options = self.inner.options()
+        self._keeps_replies = self.needs_each_reply or self.inner.needs_each_reply()
         self._errors: dict[str, float] = {}
         self.state = self._initial_state()
         self._root_base = self.state.base
@@ -418,6 +417,8 @@ class FederatedStrategy(Strategy):
             raise ValueError(f"num_rounds must be at least 1, got {num_rounds}")
         self._load_initial(initial_arrays)
         self.summary()
+        if self._keeps_replies:
+            log(INFO, "all replies of a round are kept in memory until its end: %s", self._keeps_replies)
         result = self.books.result
         result.arrays = self.initial_arrays()
         if self.state.server_round > 0:
@@ -482,7 +483,7 @@ class FederatedStrategy(Strategy):
                 row["received"] = received
             if self._errors:
                 row["aggregation_error"] = self._errors
-            if lost := [client for client, (_, reply) in exchange.good.items() if reply.lost_state]:
+            if lost := [client for client, kept in exchange.good.items() if kept.reply.lost_state]:
                 row["states_lost"] = lost
                 log(WARNING, "round %d: these have lost what they kept of their own: %s", server_round, ", ".join(lost))
             self._record(row, evaluate_fn, num_rounds, started, begun)
@@ -541,27 +542,13 @@ class FederatedStrategy(Strategy):
 
     def _train(
         self, grid: Grid, server_round: int, config: ConfigRecord, timeout: float
-    ) -> tuple[_Exchange, MetricRecord | None]:
+    ) -> tuple[Exchange, MetricRecord | None]:
         exchange = self._exchange(grid, "train", server_round, config, timeout)
-        replies = [
-            Received(exchange.work[client], reply.tensors, self._weight(reply))
-            for client, (_, reply) in exchange.good.items()
-        ]
-        outcome, metrics, statistics = None, None, {}
-        if replies:
-            arrays, metrics = self.inner.aggregate_train(server_round, self._for_inner(exchange))
-            if arrays is not None:
-                outcome = self._settle(self._as_trainables(arrays), replies)
-        self._errors = self._aggregation_errors(outcome, replies)
-        if outcome is not None and self.plan.statistics:
-            averaged = [reply.statistics for _, reply in exchange.good.values()]
-            statistics = weighted_mean(averaged, [reply.weight for reply in replies])
+        outcome, metrics, statistics, changes = self._aggregate(server_round, exchange)
         before = self.state
         if outcome is not None and self.scaffold:
-            self._memory.examples |= {client: self._weight(reply) for client, (_, reply) in exchange.good.items()}
-            changes = {client: reply.extras for client, (_, reply) in exchange.good.items()}
-            total = control.with_changes(self.state.control, changes, self._memory.examples)
-            self.state = replace(self.state, control=total)
+            self._memory.examples |= {client: self._weight(kept.reply) for client, kept in exchange.good.items()}
+            self.state = replace(self.state, control=control.with_changes(self.state.control, changes))
         self.state = step(
             self.state,
             server_round,
@@ -577,34 +564,54 @@ class FederatedStrategy(Strategy):
         self._just_accumulated = self.schedule.due(server_round) and self.state.ledger.version > before.ledger.version
         if outcome is not None:
             self._memory.counted |= dict.fromkeys(exchange.good, server_round)
-        told = {layer for _, reply in exchange.good.values() for layer in reply.silent_layers}
+        told = {layer for kept in exchange.good.values() for layer in kept.reply.silent_layers}
         silent = told & {layer.name for layer in self.plan.layers} - self._silent
         if silent:
             self._silent |= silent
             log(WARNING, "these factorised layers got no gradient on some clients: %s", ", ".join(sorted(silent)))
         return exchange, metrics
 
-    def _aggregation_errors(self, outcome: Outcome | None, replies: Sequence[Received]) -> dict[str, float]:
-        """``||mean(B_k A_k) - D|| / ||mean(B_k A_k)||`` for every layer whose products the server knows."""
-        # Under differential privacy nothing is told that the noise does not cover.
-        if outcome is None or not self._measure_aggregation or self.inner.is_private():
-            return {}
-        adapters = [self._adapter_of(reply) for reply in replies]
+    def _aggregate(self, server_round: int, exchange: Exchange) -> _Aggregate:
+        """What comes of a round's good replies."""
+        self._errors = {}
+        if not exchange.good:
+            return _Aggregate()
+        if isinstance(exchange.keeper, Folding):
+            folded = exchange.keeper.finish(exchange.good)
+            arrays, metrics = self.inner.aggregate_train(server_round, [self._as_one(exchange, folded)])
+            if arrays is None:
+                return _Aggregate(metrics=metrics)
+            work = next(iter(exchange.good.values())).work
+            outcome = self._settle(self._as_trainables(arrays), [Received(work, {}, folded.weight)])
+            if folded.products is not None:
+                self._errors = folded.products.errors(outcome.applied)
+            return _Aggregate(outcome, metrics, folded.statistics, [(folded.weight, folded.extras)])
+        replies = [Received(kept.work, kept.reply.tensors, self._weight(kept.reply)) for kept in exchange.good.values()]
+        arrays, metrics = self.inner.aggregate_train(server_round, self._for_inner(exchange))
+        if arrays is None:
+            return _Aggregate(metrics=metrics)
+        outcome = self._settle(self._as_trainables(arrays), replies)
         weights = [reply.weight for reply in replies]
+        if self._measures_aggregation:
+            adapters = [self._adapter_of(reply) for reply in replies]
+            self._errors = aggregation_errors(self.plan.layers, adapters, weights, outcome.applied)
+        statistics = {}
+        if self.plan.statistics:
+            statistics = weighted_mean([kept.reply.statistics for kept in exchange.good.values()], weights)
+        changes = [(weight, kept.reply.extras) for weight, kept in zip(weights, exchange.good.values(), strict=True)]
+        return _Aggregate(outcome, metrics, statistics, changes)
 
-        def known(layer: FactorisedLayer) -> bool:
-            return all(has_product(layer, adapter) for adapter in (*adapters, outcome.applied))
+    @property
+    def _measures_aggregation(self) -> bool:
+        # Under differential privacy nothing is told that the noise does not cover.
+        return self._measure_aggregation and bool(self.plan.layers) and not self.inner.is_private()
 
-        parts = {layer: _keys_of(layer) for layer in self.plan.layers if known(layer)}
-        return {
-            layer.name: aggregation_error(
-                layer,
-                [{key: adapter[key] for key in keys if key in adapter} for adapter in adapters],
-                weights,
-                {key: outcome.applied[key] for key in keys if key in outcome.applied},
-            )
-            for layer, keys in parts.items()
-        }
+    def _as_one(self, exchange: Exchange, folded: Folded) -> Message:
+        """The good replies' mean as the one reply of one client that has all their weight."""
+        key = self.settings.weighted_by
+        metrics = mean_metrics([kept.reply.metrics for kept in exchange.good.values()], key)
+        content = wire.clean_content(folded.common, {**metrics, key: folded.weight}, exchange.arrays_key)
+        return Message(content, 0, "train")
 
     def _control(self, half: wire.Half) -> dict[str, Tensor]:
         """SCAFFOLD's ``c`` of what is trained in a round, as it is sent."""
@@ -630,18 +637,18 @@ class FederatedStrategy(Strategy):
         replies = self._for_inner(exchange)
         metrics = self.inner.aggregate_evaluate(server_round, replies) if replies else None
         counted = {self.settings.weighted_by}
-        spreads = spread([reply.metrics for _, reply in exchange.good.values()], without=counted)
+        spreads = spread([kept.reply.metrics for kept in exchange.good.values()], without=counted)
         return metrics, {"asked": len(exchange.drawn), **spreads}
 
-    def _received(self, exchange: _Exchange) -> dict[str, dict[str, float]]:
+    def _received(self, exchange: Exchange) -> dict[str, dict[str, float]]:
         """How the model that clients received does on their held-out samples, where they say so with their training."""
         told = [
             {
                 name.removeprefix(wire.RECEIVED): value
-                for name, value in reply.metrics.items()
+                for name, value in kept.reply.metrics.items()
                 if name.startswith(wire.RECEIVED)
             }
-            for _, reply in exchange.good.values()
+            for kept in exchange.good.values()
         ]
         return spread(told)
 
@@ -666,9 +673,9 @@ class FederatedStrategy(Strategy):
         timeout: float,
         *,
         everybody: bool = False,
-    ) -> _Exchange:
+    ) -> Exchange:
         """Send a phase's orders to drawn clients, serve those without the base, and judge what comes back."""
-        exchange = _Exchange(phase)
+        exchange = Exchange(phase)
         fraction = self.fraction_train if phase == "train" else self.fraction_evaluate
         fraction = 1.0 if everybody else fraction
         drawn = self._roster.draw(self.seed, phase, server_round, fraction, self._at_least[phase])
@@ -678,6 +685,8 @@ class FederatedStrategy(Strategy):
         if template is None:
             return exchange
         exchange.drawn = list(node_of)
+        if phase == "train" and not self._keeps_replies:
+            exchange.keeper = self._folding(exchange.drawn)
         exchange.arrays_key = next(iter(template.array_records))
         if phase == "train":
             self.books.start_round(server_round, len(drawn))
@@ -688,6 +697,7 @@ class FederatedStrategy(Strategy):
                 if 0 < (budget := self._roster.budget(client)) < self.settings.rank:
                     told = f"it can train rank {budget} at most, this method needs rank {self.settings.rank}"
                     exchange.failures[client] = told
+                    exchange.keeper.skip(client)
                     del node_of[client]
         exchange.work = {client: self._assign(client, half) for client in node_of}
         records: dict[tuple[int, str], ArrayRecord] = {}
@@ -711,103 +721,84 @@ class FederatedStrategy(Strategy):
             like = likes[work.rank, work.half] if trains else None
             return Expected(lineage, like, self.state.statistics, variates, self.settings.weighted_by, said_round)
 
-        answered = self._gather(grid, exchange, node_of, orders, expect, deadline)
+        pending, answered, again = node_of, dict[str, str](), False
+        while pending:
+            # A client that has gone by another name, and so not on from its own state, is asked once more.
+            replies = self._alive(grid, orders.deliver(grid, pending, deadline, repeat=again))
+            is_current = self._is_current if not again else lambda client, work: True
+            came, pending = gather(exchange, pending, replies, expect, self._roster, is_current, timeout)
+            exchange.work |= {client: self._assign(client, half) for client in pending}
+            answered, again = answered | came, True
         exchange.good = dict(sorted(exchange.good.items()))
         for client in answered:
             self._memory.held.pop(client, None)  # the name it went by until now
         self._memory.held |= dict.fromkeys(answered.values(), lineage)
-        for client, odd in reject_odd_metrics(
-            {name: reply.metrics for name, (_, reply) in exchange.good.items()}
-        ).items():
-            exchange.failures[client] = odd
-            del exchange.good[client]
+        exchange.refuse(reject_odd_metrics({client: kept.reply.metrics for client, kept in exchange.good.items()}))
         if trains:
             self._compare_updates(exchange)
         return exchange
 
-    def _gather(
-        self,
-        grid: Grid,
-        exchange: _Exchange,
-        node_of: Mapping[str, int],
-        orders: Orders,
-        expect: Callable[[wire.Work], Expected],
-        deadline: float,
-    ) -> dict[str, str]:
-        """Send orders and judge the replies; return who has answered, by the names they went by until now.
+    def _folding(self, clients: list[str]) -> Folding:
+        """What folds a round's replies into their mean as they come."""
 
-        A client that has gone by another name, and therefore not on from its own state, is asked once more.
+        def adapter(work: wire.Work, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return self._adapter_of(Received(work, tensors, 1.0))
+
+        form = Form(self._common_form, self._update_norm, adapter if self._measures_aggregation else None, self._weight)
+        certain = certain_norm(self._memory.norms, self.max_norm_ratio)
+        return Folding(clients, form, certain, self.plan.layers)
+
+    def _alive(self, grid: Grid, replies: Iterator[tuple[str, Message]]) -> Iterator[tuple[str, Message]]:
+        """The replies as they come.
 
         Raises:
             WorkerDiedError: in a simulation.
         """
-        timeout = deadline - time.monotonic()
-        answered: dict[str, str] = {}
-        pending, again = node_of, False
-        while pending:
-            replies = orders.deliver(grid, pending, deadline, repeat=again)
-            if getattr(grid, "simulated", isinstance(grid, InMemoryGrid)) and any(
-                wire.worker_died(reply) for reply in replies.values()
-            ):
+        in_simulation = getattr(grid, "simulated", isinstance(grid, InMemoryGrid))
+        for client, reply in replies:
+            if in_simulation and wire.worker_died(reply):
                 raise WorkerDiedError(
                     f"round {self.state.server_round + 1}: a worker of the simulation has died, most likely for want "
                     "of memory; lower the number of workers (--num-actors), batch-size or rank, and continue with "
                     "--resume"
                 )
-            asked, misnamed = {client: exchange.work[client] for client in pending}, {}
-            for client, node_id in pending.items():
-                work = asked[client]
-                try:
-                    if client not in replies:
-                        raise Rejected(f"no reply within {timeout:.0f} s")
-                    reply = judge(replies[client], expect(work))
-                    self._roster.confirm(node_id, reply.client)
-                except (Rejected, RosterError) as reason:
-                    exchange.failures[client] = str(reason)
-                    continue
-                answered[client] = reply.client
-                if work.run and not again and work.counted != self._memory.counted.get(reply.client, 0):
-                    misnamed[reply.client] = node_id
-                    continue
-                exchange.work[reply.client] = work
-                exchange.good[reply.client] = (replies[client], reply)
-            exchange.work |= {client: self._assign(client, work.half) for client in misnamed}
-            pending, again = misnamed, True
-        return answered
+            yield client, reply
 
-    def _compare_updates(self, exchange: _Exchange) -> None:
-        """Bring the good replies into the common form, and leave out those whose updates are absurdly large."""
-        exchange.common = {
-            client: self._common_form(exchange.work[client], reply.tensors)
-            for client, (_, reply) in exchange.good.items()
-        }
-        norms = {
-            client: self._update_norm(exchange.work[client], exchange.common[client], reply.tensors)
-            for client, (_, reply) in exchange.good.items()
-        }
+    def _is_current(self, client: str, work: wire.Work) -> bool:
+        """Whether work that was given goes on from this client's own state."""
+        return not work.run or work.counted == self._memory.counted.get(client, 0)
+
+    def _compare_updates(self, exchange: Exchange) -> None:
+        """Leave out the good replies whose updates are absurdly large."""
+        if isinstance(exchange.keeper, Keeping):
+            for kept in exchange.good.values():
+                kept.common = self._common_form(kept.work, kept.reply.tensors)
+                kept.norm = self._update_norm(kept.work, kept.common, kept.reply.tensors)
+        norms = {client: kept.norm for client, kept in exchange.good.items()}
         # Under differential privacy updates are clipped, and noise may throw the model, and then them, far off.
         ratio = 0.0 if self.inner.is_private() else self.max_norm_ratio
         refused = reject_absurd_updates(norms, self._memory.norms, ratio)
         if self.inner.clips_updates():
             told = "its update is zero, and Flower's clipping divides by its norm"
             refused |= {client: told for client, norm in norms.items() if norm == 0}
-        for client, reason in refused.items():
-            exchange.failures[client] = reason
-            del exchange.good[client], norms[client]
+        exchange.refuse(refused)
+        norms = {client: kept.norm for client, kept in exchange.good.items()}
         if norms and not self.inner.is_private():
             self._memory.norms = [*self._memory.norms, statistics.median(norms.values())][-_NORMS_KEPT:]
 
     def _update_norm(self, work: wire.Work, common: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> float:
         """``||x_k - x||`` over everything a client has trained."""
-        return norm_of(tensor - self.state.trainables[key] for key, tensor in common.items())
+        return distance(common, self.state.trainables)
 
-    def _for_inner(self, exchange: _Exchange) -> list[Message]:
+    def _for_inner(self, exchange: Exchange) -> list[Message]:
         """The good replies as plain Flower would have them."""
-        for client, (message, reply) in exchange.good.items():
-            trained = exchange.phase == "train"
-            tensors = exchange.common[client] if trained else None
-            message.content = wire.clean_content(tensors, reply.metrics, exchange.arrays_key)
-        return [message for message, _ in exchange.good.values()]
+        messages = []
+        for kept in exchange.good.values():
+            assert kept.message is not None
+            tensors = kept.common if exchange.phase == "train" else None
+            kept.message.content = wire.clean_content(tensors, kept.reply.metrics, exchange.arrays_key)
+            messages.append(kept.message)
+        return messages
 
     def _as_trainables(self, arrays: ArrayRecord) -> dict[str, Tensor]:
         """What the inner strategy returned, in the dtypes that are sent (some compute in float64)."""
@@ -829,7 +820,7 @@ class FederatedStrategy(Strategy):
         assert isinstance(weight, int | float)
         return float(weight)
 
-    def _stop_if_too_many_failed(self, server_round: int, exchange: _Exchange) -> None:
+    def _stop_if_too_many_failed(self, server_round: int, exchange: Exchange) -> None:
         for client, reason in exchange.failures.items():
             log(WARNING, "round %d: client %s was left out: %s", server_round, client, reason)
         failed, asked = len(exchange.failures), len(exchange.drawn)
@@ -963,11 +954,6 @@ class FederatedStrategy(Strategy):
         if error is not None:
             facts["error"] = f"{type(error).__name__}: {error}"
         self.books.close(self.state, self.merged_state_dict(), self._full_bytes(), facts)
-
-
-def _keys_of(layer: FactorisedLayer) -> tuple[str, ...]:
-    """All keys under which an adapter may hold something of a layer."""
-    return (layer.a_key, layer.b_key, layer.delta_key, *layer.hadamard_keys)
 
 
 _REBUILT_PARAMETERS = 50_000_000

@@ -23,6 +23,7 @@ class FedExLoRA(LowRankStrategy):
 
     algorithm = "fedex-lora"
     fixed_form = "residuals are of pairs"
+    needs_each_reply = "FedEx-LoRA's residual is made of the factors of all"
     refused: ClassVar[Mapping[str, str]] = {
         "ranks": "averaging needs factors of one shape",
         "inner": "the residual makes the mean of the products exact, which would undo what a server optimiser or a "

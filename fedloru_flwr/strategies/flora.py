@@ -19,7 +19,7 @@ from fedloru_flwr import wire
 from fedloru_flwr.lowrank import Adapter, stacked
 from fedloru_flwr.lowrank.aggregation import shares
 from fedloru_flwr.strategies.federated import Received
-from fedloru_flwr.strategies.judging import norm_of
+from fedloru_flwr.strategies.judging import distance
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
 from fedloru_flwr.strategies.state import Outcome, ServerState, fresh_factors
 
@@ -30,6 +30,7 @@ class FLoRA(LowRankStrategy):
     algorithm = "flora"
     accumulation = Accumulation(refused="its stacked products go into the model after every round as it is")
     fixed_form = "stacks are of pairs"
+    needs_each_reply = "FLoRA stacks the factors of all"
     refused: ClassVar[Mapping[str, str]] = {
         "inner": "FLoRA stacks factors and averages nothing but dense leaves",
         "scaffold": "the factors are drawn anew every round, so that they never have control variates",
@@ -50,7 +51,7 @@ class FLoRA(LowRankStrategy):
 
     def _update_norm(self, work: wire.Work, common: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> float:
         drawn = fresh_factors(self.state.base, self.plan, self.seed, self.state.draw, work.rank or None)
-        factors = norm_of(sent[key] - drawn[key] for key in self.plan.factor_keys)
+        factors = distance({key: sent[key] for key in self.plan.factor_keys}, drawn)
         return math.hypot(super()._update_norm(work, common, sent), factors)
 
     def _adapter_of(self, received: Received) -> Mapping[str, Tensor]:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
 from fedloru_flwr import wire
@@ -27,6 +28,7 @@ _MOMENTS = {
     "FedYogi": ("m_t", "v_t"),
     "FedAdagrad": ("m_t", "v_t"),
 }
+_FROM_THE_MEAN = (FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad)
 SERVER_OPTIMIZERS = ("none", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 
 
@@ -157,6 +159,17 @@ class InnerStrategy:
         """Whether it is a weighted mean and nothing else."""
         return len(self.layers()) == 1 and type(self.strategy).__name__ in ("FedAvg", "FedProx")
 
+    def needs_each_reply(self) -> str:
+        """Why it needs the replies themselves; empty where their weighted mean, as one reply, gives the same."""
+        name = type(self.strategy).__name__
+        if len(self.layers()) > 1:
+            return f"{name} wraps {type(self.layers()[1]).__name__} and may look at each"
+        if type(self.strategy) not in _FROM_THE_MEAN or "aggregate_train" in vars(self.strategy):
+            return f"{name} may look at each"
+        if getattr(self.strategy, "train_metrics_aggr_fn", None) is not aggregate_metricrecords:
+            return f"{name} has a train_metrics_aggr_fn, which may look at each"
+        return ""
+
     def has_moments(self) -> bool:
         """Whether it remembers earlier rounds' means, as server optimisers do."""
         return any(type(layer).__name__ in _MOMENTS for layer in self.layers())
@@ -228,6 +241,12 @@ class InnerStrategy:
             for name in _MOMENTS.get(type(layer).__name__, ()):
                 if (moments := getattr(layer, name)) is not None:
                     yield index, name, moments
+
+
+def mean_metrics(metrics: Sequence[Mapping[str, Any]], weighted_by: str) -> dict[str, Any]:
+    """The clients' metrics as Flower averages them, without the one that weighs them."""
+    records = [RecordDict({wire.METRICS: MetricRecord(dict(one))}) for one in metrics]
+    return dict(aggregate_metricrecords(records, weighted_by))
 
 
 def plain_average(weighted_by: str = "num-examples", **keywords: Any) -> FedAvg:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedloru_flwr import wire
 
+_PIECE = 2**16
 _LARGEST_WEIGHT = 2**53  # the sum of such weights stays finite and exact enough; no client has more examples
 Metrics = Mapping[str, int | float | list[int] | list[float]]
 
@@ -81,14 +82,14 @@ def judge(message: Message, expected: Expected) -> wire.Reply:
         _check_tensors("statistics", reply.statistics, dict(sorted(expected.statistics.items())))
         _check_tensors("extra", reply.extras, dict(sorted(expected.extras.items())))
         for name, tensor in reply.extras.items():
-            if not bool(torch.isfinite(weight * tensor).all()):
+            if not is_finite(weight * tensor):
                 raise Rejected(f"extra tensor {name} is too large to be weighed by {expected.weighted_by} = {weight}")
     return reply
 
 
 def reject_odd_metrics(metrics: Mapping[str, Metrics]) -> dict[str, str]:
     """The clients whose metrics have other names or lengths than most, each with a reason: they cannot be averaged."""
-    shapes = {client: _shape(of) for client, of in metrics.items()}
+    shapes = {client: metrics_shape(of) for client, of in metrics.items()}
     usual = Counter(shapes.values()).most_common(1)[0][0] if shapes else ()
     return {
         client: f"its metrics are {_tell(shape)}, those of most clients {_tell(usual)}"
@@ -120,12 +121,37 @@ def reject_absurd_updates(norms: Mapping[str, float], earlier: Sequence[float], 
     }
 
 
-def norm_of(tensors: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all of them together, in float64."""
-    return math.hypot(*(torch.linalg.vector_norm(tensor, dtype=torch.float64).item() for tensor in tensors))
+def certain_norm(earlier: Sequence[float], ratio: float) -> float:
+    """The norm up to which `reject_absurd_updates` accepts an update whatever the others' norms turn out to be.
+
+    The round's own median can only raise what is usual, and with it the limit.
+    """
+    if not ratio:
+        return math.inf
+    return ratio * statistics.median(earlier) if earlier else 0.0
 
 
-def _shape(metrics: Metrics) -> tuple[tuple[str, int], ...]:
+def distance(tensors: Mapping[str, Tensor], origin: Mapping[str, Tensor]) -> float:
+    """The Euclidean norm of all differences from the origin's tensors of the same names, in float64.
+
+    It goes through the memory in pieces: temporary tensors of a reply's size cost more than the sums.
+    """
+    norms, buffer = [], torch.empty(_PIECE, dtype=torch.float64)
+    for name, tensor in tensors.items():
+        flat, other = tensor.reshape(-1), origin[name].reshape(-1)
+        for begin in range(0, len(flat), _PIECE):
+            piece = flat[begin : begin + _PIECE]
+            difference = buffer[: len(piece)].copy_(piece).sub_(other[begin : begin + _PIECE])
+            norms.append(math.sqrt(torch.dot(difference, difference).item()))
+    return math.hypot(*norms)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite. A sum tells in one pass, unless it overflows."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def metrics_shape(metrics: Metrics) -> tuple[tuple[str, int], ...]:
     """Names and lengths, -1 for a single number."""
     return tuple(sorted((name, len(value) if isinstance(value, list) else -1) for name, value in metrics.items()))
 
@@ -146,5 +172,5 @@ def _check_tensors(what: str, got: Mapping[str, Tensor], expected: Mapping[str, 
             raise Rejected(f"{what} tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}")
         if tensor.dtype != wanted.dtype:
             raise Rejected(f"{what} tensor {name} has dtype {tensor.dtype}, expected {wanted.dtype}")
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise Rejected(f"{what} tensor {name} holds NaN or infinite values")

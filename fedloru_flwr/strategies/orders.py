@@ -1,8 +1,9 @@
 """Orders brought to clients, each with what that client lacks, and the bill for it."""
 
+import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from logging import WARNING
 
 from flwr.app import ArrayRecord, Error, Message, RecordDict
@@ -12,9 +13,15 @@ from flwr.serverapp import Grid
 
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import Entry
+from fedloru_flwr.strategies.receiving import receive
 from fedloru_flwr.strategies.state import ServerState
 
 PURPOSES = ("trainables", "control", "entries", "base", "repeats", "evaluation", "enrolment")
+
+
+def place_of(client: str) -> int:
+    """A client's place in every round: 64 bits of its name's digest, so that clients are spread evenly."""
+    return int.from_bytes(hashlib.sha256(client.encode()).digest()[:8])
 
 
 class Bill:
@@ -85,8 +92,8 @@ class Orders:
 
     def deliver(
         self, grid: Grid, node_of: Mapping[str, int], deadline: float, *, repeat: bool = False
-    ) -> dict[str, Message]:
-        """Send the orders, serve the clients that lack the base, and return each one's last reply, if it gave one.
+    ) -> Iterator[tuple[str, Message]]:
+        """Send the orders, serve the clients that lack the base, and give each one's last reply, if it gave one.
 
         A client that cannot reach the lineage says at once what it holds; it is sent what it needs and asked again.
 
@@ -96,20 +103,26 @@ class Orders:
             deadline: by the monotonic clock.
             repeat: they have been asked this round, and are to answer once more.
         """
-        replies = self._send(grid, node_of, deadline, repeat=repeat)
-        wanting = {client: found for client, reply in replies.items() if (found := wire.find_answer(reply))}
-        for client, answer in wanting.items():
-            self._held[client] = answer.held
+        wanting: dict[str, Message] = {}
+        for client, reply in self._send(grid, node_of, deadline, repeat=repeat):
+            if (answer := wire.find_answer(reply)) is None:
+                yield client, reply
+            else:
+                self._held[client] = answer.held
+                wanting[client] = reply
         if wanting:
-            replies |= self._send(grid, {client: node_of[client] for client in wanting}, deadline, repeat=True)
-        return replies
+            again = {client: node for client, node in node_of.items() if client in wanting}
+            for client, reply in self._send(grid, again, deadline, repeat=True):
+                del wanting[client]
+                yield client, reply
+            yield from wanting.items()
 
     def _send(
         self, grid: Grid, node_of: Mapping[str, int], deadline: float, *, repeat: bool = False
-    ) -> dict[str, Message]:
+    ) -> Iterator[tuple[str, Message]]:
         """Send everybody what it lacks, then the order."""
         supplies = {client: supply for client in node_of if (supply := self._supply(client)) is not None}
-        replies = self._send_all(grid, supplies, node_of, deadline)
+        replies = dict(self._send_all(grid, supplies, node_of, deadline))
         ready = dict(node_of)
         for client in supplies:
             answer = wire.find_answer(replies[client]) if client in replies else None
@@ -125,7 +138,8 @@ class Orders:
             self._bill.add("down", "entries", entries_size)
             self._bill.add("down", "control", len(self._extras))
             contents[client] = (content, purpose, size - entries_size - len(self._extras))
-        return replies | self._send_all(grid, contents, node_of, deadline)
+        yield from replies.items()
+        yield from self._send_all(grid, contents, node_of, deadline)
 
     def _send_all(
         self,
@@ -133,25 +147,30 @@ class Orders:
         contents: Mapping[str, tuple[RecordDict, str, int]],
         node_of: Mapping[str, int],
         deadline: float,
-    ) -> dict[str, Message]:
+    ) -> Iterator[tuple[str, Message]]:
         """Send contents, each with its purpose and size, and put them and the replies on the bill."""
         if not contents:
-            return {}
+            return
         asked: dict[str, Message] = {}
         for client, (content, purpose, size) in contents.items():
             self._bill.add("down", purpose, size)
             asked[client] = Message(content, node_of[client], self._phase)
-        replies = {}
-        received = grid.send_and_receive(list(asked.values()), timeout=max(0.0, deadline - time.monotonic()))
+        clients = list(asked)
+        turn = sorted(range(len(clients)), key=lambda index: place_of(clients[index]))
+        size = max(size for _, _, size in contents.values())
+        timeout = max(0.0, deadline - time.monotonic())
         by_node = {node_of[client]: client for client in asked}
-        by_message = {message.metadata.message_id: client for client, message in asked.items()}
-        for reply in received:
-            # For a node that is gone the SuperLink replies, as itself.
+        unheard = set(asked)
+        for reply in receive(grid, list(asked.values()), turn, size, timeout):
             told = reply.metadata
-            whose = by_node.get(told.src_node_id) or by_message.get(told.reply_to_message_id)
-            if whose is None:
+            whose = by_node.get(told.src_node_id)
+            if whose is None and (to := told.reply_to_message_id):
+                # For a node that is gone the SuperLink replies, as itself.
+                whose = next((client for client, message in asked.items() if message.metadata.message_id == to), None)
+            if whose is None or whose not in unheard:
                 log(WARNING, "a reply to none of this round's messages is ignored")
                 continue
+            unheard.remove(whose)
             purpose = contents[whose][1]
             if reply.has_content():
                 try:
@@ -162,8 +181,7 @@ class Orders:
                     reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=asked[whose])
                 self._bill.add("up", "control", extras)
                 self._bill.add("up", self._purpose if purpose == "repeats" else purpose, size - extras)
-            replies[whose] = reply
-        return replies
+            yield whose, reply
 
     def _missing(self, client: str) -> tuple[Entry, ...] | None:
         """The entries a client lacks; None if it needs a base."""

@@ -112,6 +112,7 @@ def check(count, seed):
     """Send so many malformed replies, and return what became of how many."""
     strategy, grid, malformer = make(num_clients=AT_ONCE), Answering(), Malformer(seed)
     verdicts, reasons, changed_one = Counter(), Counter(), 0
+    strategy._keeps_replies = "they are looked at"
     with task():
         strategy._roster.refresh(grid)
         valid = grid.contents = valid_replies(1)
@@ -132,8 +133,8 @@ def check(count, seed):
                 assert re.fullmatch(r"error \d+: .*\S.*|(?!error).{20,}", reason), (told[client], reason)
                 verdicts["refused"] += 1
                 reasons[" ".join(reason.split()[:4])] += 1
-            for client, (_, reply) in exchange.good.items():
-                verdicts[is_one_of_the_good(reply, parsed[client])] += 1
+            for client, kept in exchange.good.items():
+                verdicts[is_one_of_the_good(kept.reply, parsed[client])] += 1
             for part in (strategy.state.trainables, strategy.state.statistics, strategy.state.control):
                 assert all(bool(tensor.isfinite().all()) for tensor in part.values())
     assert changed_one >= 0.8 * count

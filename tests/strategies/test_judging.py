@@ -2,6 +2,7 @@
 
 import functools
 import math
+import random
 import re
 
 import pytest
@@ -26,7 +27,13 @@ from toy_federation import (
 from fedloru_flwr import wire
 from fedloru_flwr.runs import RunDirectory
 from fedloru_flwr.strategies import FedAvg, FedHM, FedLoRU, FlexLoRA, FLoRA, HetLoRA, MFedLoRU, RoLoRA
-from fedloru_flwr.strategies.judging import reject_absurd_updates, reject_odd_metrics
+from fedloru_flwr.strategies.judging import (
+    certain_norm,
+    distance,
+    is_finite,
+    reject_absurd_updates,
+    reject_odd_metrics,
+)
 
 NET = seeded(ConvNet)
 BAD = "1"
@@ -445,3 +452,38 @@ def test_a_metric_that_is_not_a_number_does_not_cost_the_reply():
     federate(make(), grid, 1, train_config=ConfigRecord())
     assert grid.watch.rows[0]["clients_ok"] == 4
     assert math.isnan(grid.watch.rows[0]["train_loss"])
+
+
+def test_an_update_that_earlier_rounds_let_pass_is_refused_in_no_company():
+    draw = random.Random(0)
+    certain = 0
+    for _ in range(3000):
+        norms = {
+            str(k): draw.choice([0.0, 1.0, 10.0 ** draw.uniform(-6, 6), math.inf]) for k in range(draw.randint(1, 7))
+        }
+        earlier = [draw.choice([0.0, 10.0 ** draw.uniform(-3, 3)]) for _ in range(draw.randint(0, 4))]
+        ratio = draw.choice([0.0, 0.5, 1.0, 100.0])
+        limit = certain_norm(earlier, ratio)
+        passes = {client for client, norm in norms.items() if norm <= limit}
+        certain += len(passes)
+        assert passes.isdisjoint(reject_absurd_updates(norms, earlier, ratio))
+    assert certain > 1000
+
+
+def test_the_distance_is_that_of_all_numbers_together():
+    one = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.full((100_000,), 3.0), "c": torch.zeros(0)}
+    other = {"b": torch.full((100_000,), 1.0), "a": torch.tensor([[4.0, 6.0]]), "c": torch.zeros(0), "d": torch.ones(9)}
+    assert distance(one, other) == pytest.approx(math.sqrt(25 + 400_000))
+    far = {"x": torch.tensor([3e38])}
+    assert distance(far, {"x": -far["x"]}) == pytest.approx(6e38)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_none_is_found_and_sums_that_overflow_are_no_reason(odd):
+    large = torch.full((1000,), 3e38)
+    assert is_finite(large)
+    assert is_finite(torch.cat([large, -large]))
+    large[500] = odd
+    assert not is_finite(large)
+    assert not is_finite(torch.tensor([math.inf, -math.inf]))
+    assert is_finite(torch.zeros(0))
