@@ -132,7 +132,7 @@ def speed(replies: int, megabytes: float, repeats: int = 5, distinct: int = 4) -
             for total, tensor in zip(sums, tensors[reply % distinct], strict=True):
                 torch.add(total, tensor, out=total)
         plain.append(time.perf_counter() - begun)
-        begun, mean = time.perf_counter(), TreeMean(replies)
+        begun, mean = time.perf_counter(), TreeMean(range(replies))
         for reply in range(replies):
             mean.add(reply, wire.lent_tensors(records[reply % distinct]), 1 + reply % 7)
         mean.result()

@@ -1,13 +1,17 @@
 r"""Means over many clients that are formed as the replies come, in little memory, whatever the order they come in.
 
-The clients have places ``0 ... n - 1``. A binary tree stands over the places; the value of a node is that of its left
-half merged with that of its right half, formed as soon as both are known, and a half in which nobody replied is passed
-over. So each result is formed by the same operations on the same operands, bit for bit, in whatever order replies come.
+Every client has a place, a number of its own. A binary tree stands over all numbers (its nodes are the numbers that
+share their leading bits); the value of a node is that of its left half merged with that of its right half, formed as
+soon as both are known, and a half in which nobody replied is passed over. So the result is formed by the same
+operations on the same operands, bit for bit, in whatever order replies come, and whoever was asked beside those that
+replied.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import torch
@@ -19,68 +23,97 @@ from fedloru_flwr.lowrank.factors import FactorisedLayer, as_pair, at_least_floa
 T = TypeVar("T")
 
 
+def place_of(name: str) -> int:
+    """A client's place: a number is its own, other names have larger ones, drawn from a hash."""
+    if name.isascii() and name.isdecimal() and len(name) < 19:
+        return int(name)
+    return 2**63 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+
+
 class FixedTree(Generic[T]):
     """A binary tree over places, whose nodes are merged as soon as both halves are known.
 
-    In the order of the places at most ``log2(n) + 1`` values are held at once; in any other, at most ``2 log2(n)`` for
-    every run of places that are known.
+    Where they become known in their order at most as many values are held at once as the tree has levels, about
+    ``log2(n) + 1``; in any other, at most about ``2 log2(n)`` for every run of places that are known.
 
     Args:
-        places: ``n``, at least 1.
+        places: in ascending order, at least one.
         merge: makes one value of a left and a right one; it may reuse both.
     """
 
-    def __init__(self, places: int, merge: Callable[[T, T], T]) -> None:
-        if places < 1:
-            raise ValueError(f"a tree needs at least 1 place, got {places}")
-        self._places = places
+    def __init__(self, places: Sequence[int], merge: Callable[[T, T], T]) -> None:
+        if not places:
+            raise ValueError("a tree needs at least 1 place")
         self._merge = merge
-        self._known = bytearray(places)
-        self._nodes: dict[tuple[int, int], T | None] = {}
+        self._known = bytearray(len(places))
+        self._values: dict[int, T | None] = {}
         self._root: T | None = None
+        self._last: T | None = None
+        # Node i is where the i-th place and the next one part: the higher the bit, the higher the node.
+        level = [(left ^ right).bit_length() for left, right in pairwise(places)]
+        if any(right < left for left, right in pairwise(places)):
+            raise ValueError("the places must be in ascending order")
+        self._above = [-1] * len(level)
+        open_nodes: list[int] = []
+        for node, height in enumerate(level):
+            below = -1
+            while open_nodes and level[open_nodes[-1]] < height:
+                below = open_nodes.pop()
+            if below >= 0:
+                self._above[below] = node
+            if open_nodes:
+                self._above[node] = open_nodes[-1]
+            open_nodes.append(node)
+        self._level = level
 
-    def put(self, place: int, value: T | None) -> None:
+    def put(self, index: int, value: T | None) -> None:
         """Give a place its value; None: it stays empty.
+
+        Args:
+            index: of the place among all.
+            value: to be held.
 
         Raises:
             ValueError: if there is no such place, or it is known already.
         """
-        if not 0 <= place < self._places or self._known[place]:
-            raise ValueError(f"place {place} of {self._places} does not exist or is known already")
-        self._known[place] = 1
-        level, index, width = 0, place, self._places
-        while width > 1:
-            sibling = index ^ 1
-            if sibling < width:
-                if (level, sibling) not in self._nodes:
-                    self._nodes[level, index] = value
-                    return
-                other = self._nodes.pop((level, sibling))
-                left, right = (value, other) if index < sibling else (other, value)
-                value = (
-                    self._merge(left, right)
-                    if left is not None and right is not None
-                    else left
-                    if right is None
-                    else right
-                )
-            level, index, width = level + 1, index // 2, (width + 1) // 2
+        if not self.is_open(index):
+            raise ValueError(f"place {index} of {len(self._known)} does not exist or is known already")
+        self._known[index] = 1
+        nodes = [node for node in (index - 1, index) if 0 <= node < len(self._level)]
+        node = min(nodes, key=self._level.__getitem__, default=-1)
+        from_left = node == index
+        while node >= 0:
+            if node not in self._values:
+                self._values[node] = value
+                return
+            other = self._values.pop(node)
+            left, right = (value, other) if from_left else (other, value)
+            value = (
+                self._merge(left, right) if left is not None and right is not None else left if right is None else right
+            )
+            from_left, node = node < self._above[node], self._above[node]
         self._root = value
 
-    def is_open(self, place: int) -> bool:
-        """Whether a place is not known yet."""
-        return not self._known[place]
+    def append(self, value: T) -> None:
+        """Merge a value to the right of the whole tree and of what was appended before."""
+        self._last = value if self._last is None else self._merge(self._last, value)
+
+    def is_open(self, index: int) -> bool:
+        """Whether there is such a place and it is not known yet."""
+        return 0 <= index < len(self._known) and not self._known[index]
 
     def held(self) -> int:
         """How many values are held."""
-        return sum(value is not None for value in self._nodes.values())
+        return sum(value is not None for value in self._values.values())
 
     def result(self) -> T | None:
         """The whole tree's value, None if it is empty; places not known by now stay empty."""
-        for place in range(self._places):
-            if not self._known[place]:
-                self.put(place, None)
-        return self._root
+        for index, known in enumerate(bytes(self._known)):
+            if not known:
+                self.put(index, None)
+        if self._last is None or self._root is None:
+            return self._root if self._last is None else self._last
+        return self._merge(self._root, self._last)
 
 
 class _Buffer:
@@ -117,19 +150,19 @@ class TreeMean:
     reply's own tensors are read when its neighbour is there, never written, and not copied before.
 
     Args:
-        places: how many clients there may be, at least 1.
+        places: the clients' in ascending order, at least one.
     """
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: Sequence[int]) -> None:
         self._tree: FixedTree[_Part] = FixedTree(places, partial(_merge_means, []))
         self._keys: list[str] = []
         self._shapes: list[torch.Size] = []
 
-    def add(self, place: int, tensors: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, index: int | None, tensors: Mapping[str, Tensor], weight: float) -> None:
         """Take a client's tensors in; they must not change until the mean is there.
 
         Args:
-            place: the client's.
+            index: of the client's place among all; None: after all others.
             tensors: of the same keys, order and shapes as those of the others.
             weight: ``w_k``, above 0.
 
@@ -141,18 +174,21 @@ class TreeMean:
         if not self._keys:
             self._keys, self._shapes = list(tensors), shapes
         if list(tensors) != self._keys or shapes != self._shapes:
-            raise ValueError(f"the tensors for place {place} differ from the others in keys, order or shapes")
+            raise ValueError(f"the tensors for place {index} differ from the others in keys, order or shapes")
         if not 0 < weight < float("inf"):
             raise ValueError(f"weights must be positive numbers, got {weight}")
-        self._tree.put(place, _Part(weight, values))
+        if index is None:
+            self._tree.append(_Part(weight, values))
+        else:
+            self._tree.put(index, _Part(weight, values))
 
-    def skip(self, place: int) -> None:
+    def skip(self, index: int) -> None:
         """Nothing will come for a place."""
-        self._tree.put(place, None)
+        self._tree.put(index, None)
 
-    def is_open(self, place: int) -> bool:
+    def is_open(self, index: int) -> bool:
         """Whether nothing has been said for a place."""
-        return self._tree.is_open(place)
+        return self._tree.is_open(index)
 
     def result(self) -> tuple[dict[str, Tensor], float]:
         """The mean, in tensors of their own, and the sum of the weights.
@@ -197,14 +233,14 @@ class TreeProducts:
 
     Args:
         layers: the factorised layers.
-        places: how many clients there may be, at least 1.
+        places: the clients' in ascending order, at least one.
     """
 
-    def __init__(self, layers: Sequence[FactorisedLayer], places: int) -> None:
+    def __init__(self, layers: Sequence[FactorisedLayer], places: Sequence[int]) -> None:
         self._layers = {layer.name: layer for layer in layers}
         self._tree: FixedTree[_Products] = FixedTree(places, partial(_merge_products, layers))
 
-    def add(self, place: int, adapter: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, index: int | None, adapter: Mapping[str, Tensor], weight: float) -> None:
         """Take a client's adapter in; a layer whose product one client does not tell is left out.
 
         Raises:
@@ -215,11 +251,14 @@ class TreeProducts:
             if has_product(layer, adapter):
                 a, b = as_pair(layer, {key: value.double() for key, value in of(layer, adapter).items()})
                 pairs[name] = (b * weight, a)
-        self._tree.put(place, _Products(weight, pairs))
+        if index is None:
+            self._tree.append(_Products(weight, pairs))
+        else:
+            self._tree.put(index, _Products(weight, pairs))
 
-    def skip(self, place: int) -> None:
+    def skip(self, index: int) -> None:
         """Nothing will come for a place."""
-        self._tree.put(place, None)
+        self._tree.put(index, None)
 
     def errors(self, applied: Mapping[str, Tensor]) -> dict[str, float]:
         """``||M - D||_F / ||M||_F`` for every layer whose products are known; see `aggregation_error`.

@@ -1,9 +1,9 @@
 """One phase of a round: who was asked, what was made of the replies, and what is kept of them.
 
 Where the aggregate needs nothing but the weighted mean, a reply is folded into it as it comes (`Folding`), in float32,
-over a fixed tree whose leaves are the clients asked: the result does not depend on the order of arrival. A reply whose
-acceptance depends on the others is set aside until they are there, on disk beyond 64 MiB. Otherwise all replies are
-kept (`Keeping`).
+over a fixed tree of the clients: the result does not depend on the order of arrival, nor on who else was asked. A reply
+whose acceptance depends on the others is set aside until they are there, on disk beyond 64 MiB. Otherwise all replies
+are kept (`Keeping`).
 """
 
 import shutil
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedloru_flwr import wire
-from fedloru_flwr.lowrank import FactorisedLayer, TreeMean, TreeProducts
+from fedloru_flwr.lowrank import FactorisedLayer, TreeMean, TreeProducts, place_of
 from fedloru_flwr.strategies.judging import Expected, Rejected, judge, metrics_shape
 from fedloru_flwr.strategies.orders import in_turn
 from fedloru_flwr.strategies.roster import Roster, RosterError
@@ -286,7 +286,8 @@ class Folding:
     def __init__(
         self, clients: Collection[str], form: Form, certain_norm: float, layers: Sequence[FactorisedLayer]
     ) -> None:
-        self._place = {client: place for place, client in enumerate(sorted(clients, key=in_turn))}
+        self._clients = sorted(clients, key=in_turn)
+        self._index = {client: index for index, client in enumerate(self._clients)}
         self._form = form
         self._certain_norm = certain_norm
         self._layers = layers
@@ -296,8 +297,7 @@ class Folding:
         self._begin()
 
     def _begin(self) -> None:
-        # As many places again for clients that turn out to be none of those that were asked for.
-        places = 2 * max(1, len(self._place))
+        places = [place_of(client) for client in self._clients] or [0]
         self._mean = TreeMean(places)
         self._products = TreeProducts(self._layers, places) if self._form.adapter is not None else None
         self._done: set[str] = set()
@@ -312,7 +312,7 @@ class Folding:
         shape = metrics_shape(kept.reply.metrics)
         self._shape = self._shape or shape
         if shape == self._shape and kept.norm <= self._certain_norm and self._has_place(client):
-            self._fold(self._place[client], client, kept)
+            self._fold(client, kept)
         else:
             self.set_aside(kept)
 
@@ -330,15 +330,13 @@ class Folding:
     def skip(self, client: str) -> None:
         """See `Keeper`."""
         self._skipped.add(client)
-        place = self._place.get(client)
-        if place is not None and self._mean.is_open(place):
-            self._mean.skip(place)
+        if (index := self._index.get(client, -1)) >= 0 and self._mean.is_open(index):
+            self._mean.skip(index)
             if self._products is not None:
-                self._products.skip(place)
+                self._products.skip(index)
 
     def _has_place(self, client: str) -> bool:
-        place = self._place.get(client)
-        return place is not None and client not in self._skipped and self._mean.is_open(place)
+        return client not in self._skipped and self._mean.is_open(self._index.get(client, -1))
 
     def finish(self, good: Mapping[str, Kept]) -> Folded:
         """Fold in what was set aside of the good replies, which are all there are now; at least one."""
@@ -346,11 +344,9 @@ class Folding:
             if not self._done.isdisjoint(good):
                 raise RuntimeError("some of the replies that were folded at once have turned out bad, and others good")
             self._begin()
-        waiting = sorted((client for client in good if client not in self._done), key=in_turn)
-        others = [client for client in waiting if not self._has_place(client)]
-        places = {client: len(self._place) + index for index, client in enumerate(others)}
-        for client in waiting:
-            self._fold(places.get(client, self._place.get(client, 0)), client, good[client])
+        # Those that nobody was asked for come after the others.
+        for client in sorted((client for client in good if client not in self._done), key=in_turn):
+            self._fold(client, good[client])
         mean, weight = self._mean.result()
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in _PARTS}
         for key, value in mean.items():
@@ -358,7 +354,8 @@ class Folding:
             parts[name][own] = value
         return Folded(weight, parts["tensors"], parts["statistics"], parts["extras"], self._products)
 
-    def _fold(self, place: int, client: str, kept: Kept) -> None:
+    def _fold(self, client: str, kept: Kept) -> None:
+        index = self._index[client] if self._has_place(client) else None
         if kept.aside is not None:
             parts = kept.aside.take()
             kept.aside = None
@@ -366,10 +363,10 @@ class Folding:
             parts = {name: dict(getattr(kept.reply, name)) for name in _PARTS}
         weight = self._form.weight(kept.reply)
         if self._products is not None and self._form.adapter is not None:
-            self._products.add(place, self._form.adapter(kept.work, parts["tensors"]), weight)
+            self._products.add(index, self._form.adapter(kept.work, parts["tensors"]), weight)
         parts["tensors"] = kept.common or self._form.common(kept.work, parts["tensors"])
         flat = {f"{name}/{key}": value for name, part in parts.items() for key, value in part.items()}
-        self._mean.add(place, flat, weight)
+        self._mean.add(index, flat, weight)
         self._done.add(client)
         _strip(kept)
 

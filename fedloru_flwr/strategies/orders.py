@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedloru_flwr import wire
-from fedloru_flwr.lowrank import Entry
+from fedloru_flwr.lowrank import Entry, place_of
 from fedloru_flwr.strategies.receiving import receive
 from fedloru_flwr.strategies.state import ServerState
 
@@ -19,8 +19,8 @@ PURPOSES = ("trainables", "control", "entries", "base", "repeats", "evaluation",
 
 
 def in_turn(client: str) -> tuple[int, str]:
-    """Sorts clients: numbers by their value, other names by length first."""
-    return len(client), client
+    """Sorts clients by their places, see `place_of`."""
+    return place_of(client), client
 
 
 class Bill:

@@ -255,8 +255,8 @@ def test_where_each_reply_is_needed_all_are_kept_and_the_log_says_so_once(what, 
     assert replies == [4, 4]
 
 
-def test_clients_take_turns_by_number_and_other_names_by_length():
-    assert sorted(["10", "9", "100", "b", "aa"], key=in_turn) == ["9", "b", "10", "aa", "100"]
+def test_clients_take_turns_by_number_and_other_names_after_them():
+    assert sorted(["10", "b", "9", "100"], key=in_turn) == ["9", "10", "100", "b"]
 
 
 class Flower(InMemoryGrid):
