@@ -48,7 +48,6 @@ class FixedTree(Generic[T]):
         self._known = bytearray(len(places))
         self._values: dict[int, T | None] = {}
         self._root: T | None = None
-        self._last: T | None = None
         # Node i is where the i-th place and the next one part: the higher the bit, the higher the node.
         level = [(left ^ right).bit_length() for left, right in pairwise(places)]
         if any(right < left for left, right in pairwise(places)):
@@ -94,10 +93,6 @@ class FixedTree(Generic[T]):
             from_left, node = node < self._above[node], self._above[node]
         self._root = value
 
-    def append(self, value: T) -> None:
-        """Merge a value to the right of the whole tree and of what was appended before."""
-        self._last = value if self._last is None else self._merge(self._last, value)
-
     def is_open(self, index: int) -> bool:
         """Whether there is such a place and it is not known yet."""
         return 0 <= index < len(self._known) and not self._known[index]
@@ -111,9 +106,7 @@ class FixedTree(Generic[T]):
         for index, known in enumerate(bytes(self._known)):
             if not known:
                 self.put(index, None)
-        if self._last is None or self._root is None:
-            return self._root if self._last is None else self._last
-        return self._merge(self._root, self._last)
+        return self._root
 
 
 class _Buffer:
@@ -158,11 +151,11 @@ class TreeMean:
         self._keys: list[str] = []
         self._shapes: list[torch.Size] = []
 
-    def add(self, index: int | None, tensors: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, index: int, tensors: Mapping[str, Tensor], weight: float) -> None:
         """Take a client's tensors in; they must not change until the mean is there.
 
         Args:
-            index: of the client's place among all; None: after all others.
+            index: of the client's place among all.
             tensors: of the same keys, order and shapes as those of the others.
             weight: ``w_k``, above 0.
 
@@ -177,18 +170,11 @@ class TreeMean:
             raise ValueError(f"the tensors for place {index} differ from the others in keys, order or shapes")
         if not 0 < weight < float("inf"):
             raise ValueError(f"weights must be positive numbers, got {weight}")
-        if index is None:
-            self._tree.append(_Part(weight, values))
-        else:
-            self._tree.put(index, _Part(weight, values))
+        self._tree.put(index, _Part(weight, values))
 
     def skip(self, index: int) -> None:
         """Nothing will come for a place."""
         self._tree.put(index, None)
-
-    def is_open(self, index: int) -> bool:
-        """Whether nothing has been said for a place."""
-        return self._tree.is_open(index)
 
     def result(self) -> tuple[dict[str, Tensor], float]:
         """The mean, in tensors of their own, and the sum of the weights.
@@ -240,7 +226,7 @@ class TreeProducts:
         self._layers = {layer.name: layer for layer in layers}
         self._tree: FixedTree[_Products] = FixedTree(places, partial(_merge_products, layers))
 
-    def add(self, index: int | None, adapter: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, index: int, adapter: Mapping[str, Tensor], weight: float) -> None:
         """Take a client's adapter in; a layer whose product one client does not tell is left out.
 
         Raises:
@@ -251,10 +237,7 @@ class TreeProducts:
             if has_product(layer, adapter):
                 a, b = as_pair(layer, {key: value.double() for key, value in of(layer, adapter).items()})
                 pairs[name] = (b * weight, a)
-        if index is None:
-            self._tree.append(_Products(weight, pairs))
-        else:
-            self._tree.put(index, _Products(weight, pairs))
+        self._tree.put(index, _Products(weight, pairs))
 
     def skip(self, index: int) -> None:
         """Nothing will come for a place."""

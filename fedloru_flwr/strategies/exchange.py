@@ -277,27 +277,26 @@ class Folding:
     ones, all that was folded is, and the mean begins anew.
 
     Args:
-        clients: who is asked; the places of the tree.
+        clients: who is asked.
         form: what of a reply is folded.
-        certain_norm: see `judging.certain_norm`.
+        certain_norm: see `judging.certain_norm`; below 0 all are set aside, as where it is not sure that those asked go
+            by their own names, which give them their places.
         layers: whose products are averaged too.
     """
 
     def __init__(
         self, clients: Collection[str], form: Form, certain_norm: float, layers: Sequence[FactorisedLayer]
     ) -> None:
-        self._clients = sorted(clients, key=in_turn)
-        self._index = {client: index for index, client in enumerate(self._clients)}
         self._form = form
         self._certain_norm = certain_norm
         self._layers = layers
         self._shelf = Shelf()
         self._shape: object = None
-        self._skipped: set[str] = set()
-        self._begin()
+        self._begin(clients)
 
-    def _begin(self) -> None:
-        places = [place_of(client) for client in self._clients] or [0]
+    def _begin(self, clients: Collection[str]) -> None:
+        self._index = {client: index for index, client in enumerate(sorted(clients, key=in_turn))}
+        places = [place_of(client) for client in self._index]
         self._mean = TreeMean(places)
         self._products = TreeProducts(self._layers, places) if self._form.adapter is not None else None
         self._done: set[str] = set()
@@ -311,7 +310,7 @@ class Folding:
         """See `Keeper`."""
         shape = metrics_shape(kept.reply.metrics)
         self._shape = self._shape or shape
-        if shape == self._shape and kept.norm <= self._certain_norm and self._has_place(client):
+        if shape == self._shape and kept.norm <= self._certain_norm:
             self._fold(client, kept)
         else:
             self.set_aside(kept)
@@ -329,22 +328,18 @@ class Folding:
 
     def skip(self, client: str) -> None:
         """See `Keeper`."""
-        self._skipped.add(client)
-        if (index := self._index.get(client, -1)) >= 0 and self._mean.is_open(index):
-            self._mean.skip(index)
-            if self._products is not None:
-                self._products.skip(index)
-
-    def _has_place(self, client: str) -> bool:
-        return client not in self._skipped and self._mean.is_open(self._index.get(client, -1))
+        if self._certain_norm < 0:
+            return  # nothing is folded before the end, and the name may turn out to be another client's
+        self._mean.skip(self._index[client])
+        if self._products is not None:
+            self._products.skip(self._index[client])
 
     def finish(self, good: Mapping[str, Kept]) -> Folded:
         """Fold in what was set aside of the good replies, which are all there are now; at least one."""
-        if not self._done <= good.keys():
-            if not self._done.isdisjoint(good):
-                raise RuntimeError("some of the replies that were folded at once have turned out bad, and others good")
-            self._begin()
-        # Those that nobody was asked for come after the others.
+        if self._done.isdisjoint(good):
+            self._begin(good)
+        elif not self._done <= good.keys():
+            raise RuntimeError("some of the replies that were folded at once have turned out bad, and others good")
         for client in sorted((client for client in good if client not in self._done), key=in_turn):
             self._fold(client, good[client])
         mean, weight = self._mean.result()
@@ -355,7 +350,7 @@ class Folding:
         return Folded(weight, parts["tensors"], parts["statistics"], parts["extras"], self._products)
 
     def _fold(self, client: str, kept: Kept) -> None:
-        index = self._index[client] if self._has_place(client) else None
+        index = self._index[client]
         if kept.aside is not None:
             parts = kept.aside.take()
             kept.aside = None

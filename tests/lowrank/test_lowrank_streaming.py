@@ -236,18 +236,6 @@ def test_whoever_else_was_asked_does_not_matter() -> None:
     assert written([0, 2, 3, 7, 8], {0, 2, 3, 7, 8}) == "(((0 (2 3)) 7) 8)"
 
 
-def test_what_comes_after_the_others_is_merged_last() -> None:
-    tree = FixedTree(range(3), lambda left, right: f"({left} {right})")
-    tree.append("x")
-    for index in (2, 0, 1):
-        tree.put(index, "abc"[index])
-    tree.append("y")
-    assert tree.result() == "(((a b) c) (x y))"
-    alone = FixedTree(range(1), max)
-    alone.append(1)
-    assert alone.result() == 1
-
-
 def test_places_out_of_order_are_refused() -> None:
     with pytest.raises(ValueError, match="ascending"):
         FixedTree([2, 1], max)
