@@ -350,7 +350,7 @@ def memory_for(replies):
     command = [sys.executable, str(root / "benchmarks" / "streaming.py"), "round", "--replies", str(replies)]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return json.loads(told.splitlines()[-1])["extra_memory_mib"]
+    return json.loads(told.splitlines()[-1])["peak_memory_mib"]
 
 
 @pytest.mark.slow
