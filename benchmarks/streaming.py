@@ -85,8 +85,9 @@ class LazyGrid(InMemoryGrid):
         node_id, order = message.metadata.dst_node_id, wire.read_order(message)
         tensors = {key: value.add_(1e-3 * (1 + node_id % 5)) for key, value in order.tensors.items()}
         metrics = MetricRecord({"train_loss": 1.0 / node_id, "num-examples": 1 + node_id % 7})
-        content = wire.reply_content(order, client=str(node_id - 1), metrics=metrics, tensors=tensors)
-        return Message(content, reply_to=message)
+        reply = wire.make_reply(order, client=str(node_id - 1), metrics=metrics, tensors=tensors)
+        keys = {"arrays_key": order.arrays_key, "config_key": order.config_key}
+        return Message(wire.ReadyReply(reply, trained=True, reply_to=message, **keys).content, reply_to=message)
 
 
 def two_rounds(replies: int, megabytes: float) -> dict[str, float]:
@@ -132,7 +133,7 @@ def speed(replies: int, megabytes: float, repeats: int = 5, distinct: int = 4) -
             for total, tensor in zip(sums, tensors[reply % distinct], strict=True):
                 torch.add(total, tensor, out=total)
         plain.append(time.perf_counter() - begun)
-        begun, mean = time.perf_counter(), TreeMean(replies)
+        begun, mean = time.perf_counter(), TreeMean(range(replies))
         for reply in range(replies):
             mean.add(reply, wire.lent_tensors(records[reply % distinct]), 1 + reply % 7)
         mean.result()

@@ -19,7 +19,8 @@ import urllib.parse
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -232,6 +233,28 @@ def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 _PLAIN_ARRAY = re.compile(
     rb"\x93NUMPY\x01\x00(..)\{'descr': '<f([48])', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n", re.DOTALL
 )
+_HEAD_BYTES = 128
+
+
+class _Head(NamedTuple):
+    """What NumPy's format says of an array whose numbers begin after `_HEAD_BYTES`, and where they end."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    end: int
+
+
+@lru_cache(4096)
+def _read_head(head: bytes) -> _Head | None:
+    found = _PLAIN_ARRAY.fullmatch(head)
+    if found is None or int.from_bytes(found[1], "little") != len(head) - 10:
+        return None
+    shape = tuple(int(length) for length in found[3].split(b",") if length.strip())
+    dtype = torch.float32 if found[2] == b"4" else torch.float64
+    count = math.prod(shape)
+    return _Head(dtype, shape, _HEAD_BYTES + count * dtype.itemsize) if count else None
+
+
 with warnings.catch_warnings():  # torch says once a process that one must not write to what it is lent
     warnings.simplefilter("ignore")
     torch.frombuffer(bytes(4), dtype=torch.float32)
@@ -246,13 +269,11 @@ def lent_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     tensors = {}
     for name, array in record.items():
         plain = array.stype == "numpy.ndarray" and isinstance(array.data, bytes)
-        head = _PLAIN_ARRAY.match(array.data) if plain else None
-        if head is not None and head.end() == 10 + int.from_bytes(head[1], "little"):
-            shape = [int(length) for length in head[3].split(b",") if length.strip()]
-            dtype, count = torch.float32 if head[2] == b"4" else torch.float64, math.prod(shape)
-            if count and len(array.data) == head.end() + count * dtype.itemsize:
-                tensors[name] = torch.frombuffer(array.data, dtype=dtype, offset=head.end()).view(shape)
-                continue
+        head = _read_head(array.data[:_HEAD_BYTES]) if plain else None
+        if head is not None and len(array.data) == head.end:
+            flat = torch.frombuffer(array.data, dtype=head.dtype, offset=_HEAD_BYTES)
+            tensors[name] = flat if len(head.shape) == 1 else flat.view(head.shape)
+            continue
         tensors[name] = _parse(array)
     return tensors
 

@@ -36,7 +36,7 @@ from fedloru_flwr.lowrank.random import (
     uniform,
 )
 from fedloru_flwr.lowrank.schedules import AccumulationSchedule, LearningRateSchedule
-from fedloru_flwr.lowrank.streaming import FixedTree, TreeMean, TreeProducts
+from fedloru_flwr.lowrank.streaming import FixedTree, TreeMean, TreeProducts, place_of
 
 __all__ = [
     "AccumulationSchedule",
@@ -65,6 +65,7 @@ __all__ = [
     "mean_product",
     "orthonormal_rows",
     "pad",
+    "place_of",
     "product",
     "residual",
     "restore_generators",

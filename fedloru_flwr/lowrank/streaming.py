@@ -1,16 +1,17 @@
 r"""Means over many clients that are formed as the replies come, in little memory, whatever the order they come in.
 
-Every client has a place, a whole number. A binary tree stands over the places, which parts them bit by bit from the
-highest on; the value of a node is that of its left half merged with that of its right half, formed as soon as both are
-known, and a half in which nobody replied is passed over. So a result is formed by the same operations on the same
-operands, bit for bit, in whatever order replies come; and it is the same whether a client's reply was lost or the
-client was never asked.
+Every client has a place, a number of its own. A binary tree stands over all numbers (its nodes are the numbers that
+share their leading bits); the value of a node is that of its left half merged with that of its right half, formed as
+soon as both are known, and a half in which nobody replied is passed over. So the result is formed by the same
+operations on the same operands, bit for bit, in whatever order replies come, and whoever was asked beside those that
+replied.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import torch
@@ -22,101 +23,90 @@ from fedloru_flwr.lowrank.factors import FactorisedLayer, as_pair, at_least_floa
 T = TypeVar("T")
 
 
+def place_of(name: str) -> int:
+    """A client's place: a number is its own, other names have larger ones, drawn from a hash."""
+    if name.isascii() and name.isdecimal() and len(name) < 19:
+        return int(name)
+    return 2**63 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+
+
 class FixedTree(Generic[T]):
     """A binary tree over places, whose nodes are merged as soon as both halves are known.
 
-    In the order of the places at most about ``log2(n) + 1`` values are held at once, for ``n`` places that are spread
-    evenly; in any other, at most twice as many for every run of places that are known.
+    Where they become known in their order at most as many values are held at once as the tree has levels, about
+    ``log2(n) + 1``; in any other, at most about ``2 log2(n)`` for every run of places that are known.
 
     Args:
-        places: distinct whole numbers of at least 0, at least one; or how many, for ``0 ... n - 1``.
+        places: in ascending order, at least one.
         merge: makes one value of a left and a right one; it may reuse both.
     """
 
-    def __init__(self, places: int | Iterable[int], merge: Callable[[T, T], T]) -> None:
-        ordered = list(range(places)) if isinstance(places, int) else sorted(places)
-        if not ordered or len(set(ordered)) < len(ordered) or ordered[0] < 0:
-            raise ValueError("a tree needs at least 1 place, and each of them once, as a whole number of at least 0")
+    def __init__(self, places: Sequence[int], merge: Callable[[T, T], T]) -> None:
+        if not places:
+            raise ValueError("a tree needs at least 1 place")
         self._merge = merge
-        self._leaves = {place: 2 * index for index, place in enumerate(ordered)}
-        self._parents = _parents(ordered)
-        self._known: set[int] = set()
-        self._waiting: dict[int, T | None] = {}
+        self._known = bytearray(len(places))
+        self._values: dict[int, T | None] = {}
         self._root: T | None = None
-        self._late: FixedTree[T] | None = None
+        # Node i is where the i-th place and the next one part: the higher the bit, the higher the node.
+        level = [(left ^ right).bit_length() for left, right in pairwise(places)]
+        if any(right < left for left, right in pairwise(places)):
+            raise ValueError("the places must be in ascending order")
+        self._above = [-1] * len(level)
+        open_nodes: list[int] = []
+        for node, height in enumerate(level):
+            below = -1
+            while open_nodes and level[open_nodes[-1]] < height:
+                below = open_nodes.pop()
+            if below >= 0:
+                self._above[below] = node
+            if open_nodes:
+                self._above[node] = open_nodes[-1]
+            open_nodes.append(node)
+        self._level = level
 
-    def put(self, place: int, value: T | None) -> None:
+    def put(self, index: int, value: T | None) -> None:
         """Give a place its value; None: it stays empty.
+
+        Args:
+            index: of the place among all.
+            value: to be held.
 
         Raises:
             ValueError: if there is no such place, or it is known already.
         """
-        if not self.is_open(place):
-            if self._late is None:
-                raise ValueError(f"place {place} does not exist among {len(self._leaves)}, or is known already")
-            self._late.put(place, value)
-            return
-        self._known.add(place)
-        node = self._leaves[place]
-        while (parent := self._parents.get(node)) is not None:
-            if parent not in self._waiting:
-                self._waiting[parent] = value
+        if not self.is_open(index):
+            raise ValueError(f"place {index} of {len(self._known)} does not exist or is known already")
+        self._known[index] = 1
+        nodes = [node for node in (index - 1, index) if 0 <= node < len(self._level)]
+        node = min(nodes, key=self._level.__getitem__, default=-1)
+        from_left = node == index
+        while node >= 0:
+            if node not in self._values:
+                self._values[node] = value
                 return
-            other = self._waiting.pop(parent)
-            value = self._merged(value, other) if node < parent else self._merged(other, value)
-            node = parent
+            other = self._values.pop(node)
+            left, right = (value, other) if from_left else (other, value)
+            value = (
+                self._merge(left, right) if left is not None and right is not None else left if right is None else right
+            )
+            from_left, node = node < self._above[node], self._above[node]
         self._root = value
 
-    def _merged(self, left: T | None, right: T | None) -> T | None:
-        if left is None or right is None:
-            return right if left is None else left
-        return self._merge(left, right)
-
-    def extend(self, places: Iterable[int]) -> None:
-        """Let there be more places to the right of all others, once; those that are known already are there again."""
-        self._late = FixedTree(places, self._merge)
-
-    def is_open(self, place: int) -> bool:
-        """Whether there is such a place, of which nothing is known yet."""
-        return place in self._leaves and place not in self._known
+    def is_open(self, index: int) -> bool:
+        """Whether there is such a place and it is not known yet."""
+        return 0 <= index < len(self._known) and not self._known[index]
 
     def held(self) -> int:
         """How many values are held."""
-        return sum(value is not None for value in self._waiting.values())
+        return sum(value is not None for value in self._values.values())
 
     def result(self) -> T | None:
         """The whole tree's value, None if it is empty; places not known by now stay empty."""
-        for place in self._leaves:
-            if place not in self._known:
-                self.put(place, None)
-        if self._late is not None:
-            self._root, self._late = self._merged(self._root, self._late.result()), None
+        for index, known in enumerate(bytes(self._known)):
+            if not known:
+                self.put(index, None)
         return self._root
-
-
-def _parents(places: Sequence[int]) -> dict[int, int]:
-    """The parent of every node but the root: node ``2 i`` is place ``i``, node ``2 i + 1`` parts ``i`` from ``i + 1``.
-
-    So whatever is to the left of a node has a smaller number. Two neighbours are parted by the highest bit in which
-    they differ; of all that part a run of places, the one of the highest bit is on top.
-    """
-    bits = [(left ^ right).bit_length() for left, right in itertools.pairwise(places)]
-    parents: dict[int, int] = {}
-    path: list[int] = []
-    for index, bit in enumerate(bits):
-        below = None
-        while path and bits[path[-1]] < bit:
-            below = path.pop()
-        if below is not None:
-            parents[2 * below + 1] = 2 * index + 1
-        if path:
-            parents[2 * index + 1] = 2 * path[-1] + 1
-        path.append(index)
-    for index in range(len(places)):
-        beside = [split for split in (index - 1, index) if 0 <= split < len(bits)]
-        if beside:
-            parents[2 * index] = 2 * min(beside, key=bits.__getitem__) + 1
-    return parents
 
 
 class _Buffer:
@@ -153,19 +143,19 @@ class TreeMean:
     reply's own tensors are read when its neighbour is there, never written, and not copied before.
 
     Args:
-        places: of the clients there may be, see `FixedTree`.
+        places: the clients' in ascending order, at least one.
     """
 
-    def __init__(self, places: int | Iterable[int]) -> None:
+    def __init__(self, places: Sequence[int]) -> None:
         self._tree: FixedTree[_Part] = FixedTree(places, partial(_merge_means, []))
         self._keys: list[str] = []
         self._shapes: list[torch.Size] = []
 
-    def add(self, place: int, tensors: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, index: int, tensors: Mapping[str, Tensor], weight: float) -> None:
         """Take a client's tensors in; they must not change until the mean is there.
 
         Args:
-            place: the client's.
+            index: of the client's place among all.
             tensors: of the same keys, order and shapes as those of the others.
             weight: ``w_k``, above 0.
 
@@ -177,22 +167,14 @@ class TreeMean:
         if not self._keys:
             self._keys, self._shapes = list(tensors), shapes
         if list(tensors) != self._keys or shapes != self._shapes:
-            raise ValueError(f"the tensors for place {place} differ from the others in keys, order or shapes")
+            raise ValueError(f"the tensors for place {index} differ from the others in keys, order or shapes")
         if not 0 < weight < float("inf"):
             raise ValueError(f"weights must be positive numbers, got {weight}")
-        self._tree.put(place, _Part(weight, values))
+        self._tree.put(index, _Part(weight, values))
 
-    def skip(self, place: int) -> None:
+    def skip(self, index: int) -> None:
         """Nothing will come for a place."""
-        self._tree.put(place, None)
-
-    def extend(self, places: Iterable[int]) -> None:
-        """Let there be more places, see `FixedTree`."""
-        self._tree.extend(places)
-
-    def is_open(self, place: int) -> bool:
-        """Whether there is such a place, for which nothing has been said."""
-        return self._tree.is_open(place)
+        self._tree.put(index, None)
 
     def result(self) -> tuple[dict[str, Tensor], float]:
         """The mean, in tensors of their own, and the sum of the weights.
@@ -237,14 +219,14 @@ class TreeProducts:
 
     Args:
         layers: the factorised layers.
-        places: of the clients there may be, see `FixedTree`.
+        places: the clients' in ascending order, at least one.
     """
 
-    def __init__(self, layers: Sequence[FactorisedLayer], places: int | Iterable[int]) -> None:
+    def __init__(self, layers: Sequence[FactorisedLayer], places: Sequence[int]) -> None:
         self._layers = {layer.name: layer for layer in layers}
         self._tree: FixedTree[_Products] = FixedTree(places, partial(_merge_products, layers))
 
-    def add(self, place: int, adapter: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, index: int, adapter: Mapping[str, Tensor], weight: float) -> None:
         """Take a client's adapter in; a layer whose product one client does not tell is left out.
 
         Raises:
@@ -255,15 +237,11 @@ class TreeProducts:
             if has_product(layer, adapter):
                 a, b = as_pair(layer, {key: value.double() for key, value in of(layer, adapter).items()})
                 pairs[name] = (b * weight, a)
-        self._tree.put(place, _Products(weight, pairs))
+        self._tree.put(index, _Products(weight, pairs))
 
-    def skip(self, place: int) -> None:
+    def skip(self, index: int) -> None:
         """Nothing will come for a place."""
-        self._tree.put(place, None)
-
-    def extend(self, places: Iterable[int]) -> None:
-        """Let there be more places, see `FixedTree`."""
-        self._tree.extend(places)
+        self._tree.put(index, None)
 
     def errors(self, applied: Mapping[str, Tensor]) -> dict[str, float]:
         """``||M - D||_F / ||M||_F`` for every layer whose products are known; see `aggregation_error`.

@@ -1,9 +1,9 @@
 """One phase of a round: who was asked, what was made of the replies, and what is kept of them.
 
 Where the aggregate needs nothing but the weighted mean, a reply is folded into it as it comes (`Folding`), in float32,
-over a fixed tree whose leaves are the clients asked: the result does not depend on the order of arrival. A reply whose
-acceptance depends on the others is set aside until they are there, on disk beyond 64 MiB. Otherwise all replies are
-kept (`Keeping`).
+over a fixed tree of the clients: the result does not depend on the order of arrival, nor on who else was asked. A reply
+whose acceptance depends on the others is set aside until they are there, on disk beyond 64 MiB. Otherwise all replies
+are kept (`Keeping`).
 """
 
 import shutil
@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedloru_flwr import wire
-from fedloru_flwr.lowrank import FactorisedLayer, TreeMean, TreeProducts
+from fedloru_flwr.lowrank import FactorisedLayer, TreeMean, TreeProducts, place_of
 from fedloru_flwr.strategies.judging import Expected, Rejected, judge, metrics_shape
-from fedloru_flwr.strategies.orders import place_of
+from fedloru_flwr.strategies.orders import in_turn
 from fedloru_flwr.strategies.roster import Roster, RosterError
 
 _PARTS = ("tensors", "statistics", "extras")
@@ -277,26 +277,26 @@ class Folding:
     ones, all that was folded is, and the mean begins anew.
 
     Args:
-        clients: who is asked; the places of the tree.
+        clients: who is asked.
         form: what of a reply is folded.
-        certain_norm: see `judging.certain_norm`.
+        certain_norm: see `judging.certain_norm`; below 0 all are set aside, as where it is not sure that those asked go
+            by their own names, which give them their places.
         layers: whose products are averaged too.
     """
 
     def __init__(
         self, clients: Collection[str], form: Form, certain_norm: float, layers: Sequence[FactorisedLayer]
     ) -> None:
-        self._asked = {client: place_of(client) for client in clients}
         self._form = form
         self._certain_norm = certain_norm
         self._layers = layers
         self._shelf = Shelf()
         self._shape: object = None
-        self._skipped: set[str] = set()
-        self._begin()
+        self._begin(clients)
 
-    def _begin(self) -> None:
-        places = list(self._asked.values()) or [0]
+    def _begin(self, clients: Collection[str]) -> None:
+        self._index = {client: index for index, client in enumerate(sorted(clients, key=in_turn))}
+        places = [place_of(client) for client in self._index]
         self._mean = TreeMean(places)
         self._products = TreeProducts(self._layers, places) if self._form.adapter is not None else None
         self._done: set[str] = set()
@@ -310,7 +310,7 @@ class Folding:
         """See `Keeper`."""
         shape = metrics_shape(kept.reply.metrics)
         self._shape = self._shape or shape
-        if shape == self._shape and kept.norm <= self._certain_norm and self._has_place(client):
+        if shape == self._shape and kept.norm <= self._certain_norm:
             self._fold(client, kept)
         else:
             self.set_aside(kept)
@@ -328,33 +328,19 @@ class Folding:
 
     def skip(self, client: str) -> None:
         """See `Keeper`."""
-        self._skipped.add(client)
-        place = place_of(client)
-        if self._mean.is_open(place):
-            self._mean.skip(place)
-            if self._products is not None:
-                self._products.skip(place)
-
-    def _has_place(self, client: str) -> bool:
-        return client in self._asked and client not in self._skipped and self._mean.is_open(self._asked[client])
+        if self._certain_norm < 0:
+            return  # nothing is folded before the end, and the name may turn out to be another client's
+        self._mean.skip(self._index[client])
+        if self._products is not None:
+            self._products.skip(self._index[client])
 
     def finish(self, good: Mapping[str, Kept]) -> Folded:
         """Fold in what was set aside of the good replies, which are all there are now; at least one."""
-        if not self._done <= good.keys():
-            if not self._done.isdisjoint(good):
-                raise RuntimeError("some of the replies that were folded at once have turned out bad, and others good")
-            self._begin()
-        waiting = sorted((client for client in good if client not in self._done), key=place_of)
-        if not self._done:  # all have been set aside: they are known now, by their own names
-            self._asked, self._skipped = {client: place_of(client) for client in waiting}, set()
-            self._begin()
-        # Clients that have turned out to be none of those that were asked for.
-        others = [place_of(client) for client in waiting if not self._has_place(client)]
-        if others:
-            self._mean.extend(others)
-            if self._products is not None:
-                self._products.extend(others)
-        for client in waiting:
+        if self._done.isdisjoint(good):
+            self._begin(good)
+        elif not self._done <= good.keys():
+            raise RuntimeError("some of the replies that were folded at once have turned out bad, and others good")
+        for client in sorted((client for client in good if client not in self._done), key=in_turn):
             self._fold(client, good[client])
         mean, weight = self._mean.result()
         parts: dict[str, dict[str, Tensor]] = {name: {} for name in _PARTS}
@@ -364,7 +350,7 @@ class Folding:
         return Folded(weight, parts["tensors"], parts["statistics"], parts["extras"], self._products)
 
     def _fold(self, client: str, kept: Kept) -> None:
-        place = place_of(client)
+        index = self._index[client]
         if kept.aside is not None:
             parts = kept.aside.take()
             kept.aside = None
@@ -372,10 +358,10 @@ class Folding:
             parts = {name: dict(getattr(kept.reply, name)) for name in _PARTS}
         weight = self._form.weight(kept.reply)
         if self._products is not None and self._form.adapter is not None:
-            self._products.add(place, self._form.adapter(kept.work, parts["tensors"]), weight)
+            self._products.add(index, self._form.adapter(kept.work, parts["tensors"]), weight)
         parts["tensors"] = kept.common or self._form.common(kept.work, parts["tensors"])
         flat = {f"{name}/{key}": value for name, part in parts.items() for key, value in part.items()}
-        self._mean.add(place, flat, weight)
+        self._mean.add(index, flat, weight)
         self._done.add(client)
         _strip(kept)
 

@@ -685,8 +685,8 @@ class FederatedStrategy(Strategy):
         if template is None:
             return exchange
         exchange.drawn = list(node_of)
-        if phase == "train" and not self._keeps_replies:
-            exchange.keeper = self._folding(exchange.drawn)
+        if phase == "train" and node_of and not self._keeps_replies:
+            exchange.keeper = self._folding(node_of)
         exchange.arrays_key = next(iter(template.array_records))
         if phase == "train":
             self.books.start_round(server_round, len(drawn))
@@ -738,15 +738,16 @@ class FederatedStrategy(Strategy):
             self._compare_updates(exchange)
         return exchange
 
-    def _folding(self, clients: list[str]) -> Folding:
+    def _folding(self, node_of: Mapping[str, int]) -> Folding:
         """What folds a round's replies into their mean as they come."""
 
         def adapter(work: wire.Work, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return self._adapter_of(Received(work, tensors, 1.0))
 
         form = Form(self._common_form, self._update_norm, adapter if self._measures_aggregation else None, self._weight)
-        certain = certain_norm(self._memory.norms, self.max_norm_ratio)
-        return Folding(clients, form, certain, self.plan.layers)
+        sure = self._roster.is_sure(node_of.values())
+        certain = certain_norm(self._memory.norms, self.max_norm_ratio) if sure else -1.0
+        return Folding(node_of, form, certain, self.plan.layers)
 
     def _alive(self, grid: Grid, replies: Iterator[tuple[str, Message]]) -> Iterator[tuple[str, Message]]:
         """The replies as they come.

@@ -1,6 +1,5 @@
 """Orders brought to clients, each with what that client lacks, and the bill for it."""
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -12,16 +11,16 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedloru_flwr import wire
-from fedloru_flwr.lowrank import Entry
+from fedloru_flwr.lowrank import Entry, place_of
 from fedloru_flwr.strategies.receiving import receive
 from fedloru_flwr.strategies.state import ServerState
 
 PURPOSES = ("trainables", "control", "entries", "base", "repeats", "evaluation", "enrolment")
 
 
-def place_of(client: str) -> int:
-    """A client's place in every round: 64 bits of its name's digest, so that clients are spread evenly."""
-    return int.from_bytes(hashlib.sha256(client.encode()).digest()[:8])
+def in_turn(client: str) -> tuple[int, str]:
+    """Sorts clients by their places, see `place_of`."""
+    return place_of(client), client
 
 
 class Bill:
@@ -156,7 +155,7 @@ class Orders:
             self._bill.add("down", purpose, size)
             asked[client] = Message(content, node_of[client], self._phase)
         clients = list(asked)
-        turn = sorted(range(len(clients)), key=lambda index: place_of(clients[index]))
+        turn = sorted(range(len(clients)), key=lambda index: in_turn(clients[index]))
         size = max(size for _, _, size in contents.values())
         timeout = max(0.0, deadline - time.monotonic())
         by_node = {node_of[client]: client for client in asked}

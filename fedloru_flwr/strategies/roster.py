@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 
 from flwr.app import Message
@@ -50,6 +50,10 @@ class Roster:
     def is_confirmed(self, client: str) -> bool:
         """Whether a node has said that it is this client."""
         return client in self._names
+
+    def is_sure(self, node_ids: Iterable[int]) -> bool:
+        """Whether all these nodes have said who they are."""
+        return self._confirmed.issuperset(node_ids)
 
     def known(self) -> tuple[dict[str, int], dict[str, int]]:
         """The nodes and the rank budgets of the clients that have said who they are, by name, for `restore`."""

@@ -132,6 +132,7 @@ def test_fedavgs_own_keywords_reach_the_default_inner_strategy():
     assert seen == [(4, "num-examples", ["weights", "metrics"])]
     assert dict(result.train_metrics_clientapp[1]) == {"mine": 1.5}
     assert dict(result.evaluate_metrics_clientapp[1]) == {"theirs": 2.5}
+    plain._keeps_replies = "they are kept for metrics of one's own"
     federate(plain, WatchedGrid(client_app(NET), 4), 1)
     assert same(strategy.merged_state_dict(), plain.merged_state_dict())
 

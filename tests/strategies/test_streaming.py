@@ -20,6 +20,7 @@ from toy_federation import ConvNet, Mlp, WatchedGrid, client_app, federate, same
 from fedloru_flwr import strategies, wire
 from fedloru_flwr.strategies import FedAvg, FedExLoRA, FedLoRU, FLoRA, exchange, federated, receiving
 from fedloru_flwr.strategies.exchange import Shelf
+from fedloru_flwr.strategies.orders import in_turn
 from fedloru_flwr.strategies.receiving import receive
 
 NET, CONV = seeded(Mlp), seeded(ConvNet)
@@ -254,6 +255,10 @@ def test_where_each_reply_is_needed_all_are_kept_and_the_log_says_so_once(what, 
     assert replies == [4, 4]
 
 
+def test_clients_take_turns_by_number_and_other_names_after_them():
+    assert sorted(["10", "b", "9", "100"], key=in_turn) == ["9", "10", "100", "b"]
+
+
 class Flower(InMemoryGrid):
     """Flower's grid, whose clients finish when they are told to."""
 
@@ -345,7 +350,7 @@ def memory_for(replies):
     command = [sys.executable, str(root / "benchmarks" / "streaming.py"), "round", "--replies", str(replies)]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return json.loads(told.splitlines()[-1])["extra_memory_mib"]
+    return json.loads(told.splitlines()[-1])["peak_memory_mib"]
 
 
 @pytest.mark.slow
