@@ -4,14 +4,13 @@ A factorised layer computes ``y = W x + b + s B A x`` either as it stands (form 
 (form ``product``), whichever is faster; gradients go to ``A``, ``B`` and the dense leaves alone.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.prepared import Prepared
+from benchmarks.prepared import Prepared, Training, trained
 
 Form = Literal["pair", "product"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -81,6 +80,42 @@ def low_rank_model(prepared: Prepared, form: Form = "pair") -> nn.Module:
     return model
 
 
-def average_into(sums: Sequence[Tensor], values: Sequence[Tensor], weight: float) -> None:
-    """Add ``weight * values`` to ``sums``, in place."""
-    torch._foreach_add_(list(sums), list(values), alpha=weight)
+class FlatSGD:
+    """Clipped SGD with momentum on a model's trained parameters, which become views of one flat tensor.
+
+    One operation where there would be one a parameter: for a small model that is a good part of a step.
+
+    Args:
+        model: its trained parameters and their gradients are put into flat memory, in order.
+        how: rate, momentum and the gradient norm's limit.
+
+    Attributes:
+        values: what is trained, flat.
+    """
+
+    def __init__(self, model: nn.Module, how: Training) -> None:
+        self.how = how
+        parameters = list(trained(model).values())
+        self.values = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        self._gradient, self._momentum = torch.zeros_like(self.values), torch.zeros_like(self.values)
+        start = 0
+        for parameter in parameters:
+            part = slice(start, start + parameter.numel())
+            parameter.data = self.values[part].view_as(parameter)
+            parameter.grad = self._gradient[part].view_as(parameter)
+            start = part.stop
+
+    def restart(self, values: Tensor | None = None) -> None:
+        """Begin without momentum, from these values if given."""
+        self._momentum.zero_()
+        if values is not None:
+            self.values.copy_(values)
+
+    def step(self, loss: Tensor) -> None:
+        """Differentiate the loss and take a step."""
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's is untyped
+        norm = torch.linalg.vector_norm(self._gradient)
+        self._gradient.mul_((self.how.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
+        self._momentum.mul_(self.how.momentum).add_(self._gradient)
+        self.values.add_(self._momentum, alpha=-self.how.learning_rate)
+        self._gradient.zero_()

@@ -1,4 +1,4 @@
-"""The workloads, each defined once: settings for this package, and the same samples, model and training for every rival."""
+"""The workloads, each defined once: settings for this package; the same samples, model and training for every rival."""
 
 import pydoc_data.topics
 from dataclasses import dataclass, field

@@ -9,14 +9,14 @@ import time
 from multiprocessing.connection import Connection
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.networks import loss_of
-from benchmarks.plain_layers import FORMS, Form, average_into, low_rank_model
-from benchmarks.prepared import Prepared, trained
+from benchmarks.plain_layers import FORMS, FlatSGD, Form, low_rank_model
+from benchmarks.prepared import Prepared
 from benchmarks.rivals.report import Report, Task, main
 
-Sums = tuple[list[Tensor], float]
+Sums = tuple[Tensor, float]
 
 
 class Loop:
@@ -25,40 +25,30 @@ class Loop:
     def __init__(self, prepared: Prepared, form: Form) -> None:
         self.prepared = prepared
         self.model = low_rank_model(prepared, form)
-        self.parameters = list(trained(self.model).values())
-        how = prepared.training
-        self.optimizer = torch.optim.SGD(self.parameters, how.learning_rate, momentum=how.momentum, fused=True)
+        self.sgd = FlatSGD(self.model, prepared.training)
         self.generator = torch.Generator().manual_seed(0)
 
-    def start(self) -> list[Tensor]:
-        """A copy of what is trained, as it is now."""
-        return [parameter.detach().clone() for parameter in self.parameters]
+    def start(self) -> Tensor:
+        """A copy of what is trained, as it is now, flat."""
+        return self.sgd.values.clone()
 
-    def client(self, number: int, received: list[Tensor]) -> int:
+    def client(self, number: int, received: Tensor) -> int:
         """Train one client from what it received, in place; return its number of samples."""
         how = self.prepared.training
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, received)
-        self.optimizer.state.clear()
+        self.sgd.restart(received)
         inputs, labels = self.prepared.client(number)
         for _ in range(how.local_epochs):
             order = torch.randperm(len(labels), generator=self.generator)
             for chosen in order.split(how.batch_size):
-                loss = loss_of(self.model(inputs[chosen]), labels[chosen])
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.parameters, how.max_grad_norm, foreach=True)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                self.sgd.step(loss_of(self.model(inputs[chosen]), labels[chosen]))
         return len(labels)
 
-    def cohort(self, numbers: range, received: list[Tensor]) -> Sums:
+    def cohort(self, numbers: range, received: Tensor) -> Sums:
         """Train these clients; return the sum of what they trained, weighted by their samples, and the weights' sum."""
-        sums = [torch.zeros_like(tensor) for tensor in received]
-        total = 0.0
+        sums, total = torch.zeros_like(received), 0.0
         for number in numbers:
             weight = self.client(number, received)
-            with torch.no_grad():
-                average_into(sums, self.parameters, weight)
+            sums.add_(self.sgd.values, alpha=weight)
             total += weight
         return sums, total
 
@@ -85,8 +75,8 @@ def serve(connection: Connection, workload: str, form: Form, threads: int) -> No
             numbers, received = connection.recv()
         except EOFError:
             return
-        sums, total = loop.cohort(numbers, [torch.from_numpy(array) for array in received])
-        connection.send(([tensor.numpy() for tensor in sums], total))
+        sums, total = loop.cohort(numbers, torch.from_numpy(received))
+        connection.send((sums.numpy(), total))
 
 
 def measure(task: Task) -> Report:
@@ -115,13 +105,13 @@ def measure(task: Task) -> Report:
             for part in range(task.processes)
         ]
         for pipe, numbers in zip(pipes, cuts[1:], strict=True):
-            pipe.send((numbers, [tensor.numpy() for tensor in received]))
+            pipe.send((numbers, received.numpy()))
         sums, total = loop.cohort(cuts[0], received)
         for pipe in pipes:
             others, weight = pipe.recv()
-            average_into(sums, [torch.from_numpy(array) for array in others], 1.0)
+            sums += torch.from_numpy(others)
             total += weight
-        received = [tensor / total for tensor in sums]
+        received = sums / total
         seconds.append(time.perf_counter() - begun)
     for pipe, helper in zip(pipes, helpers, strict=True):
         pipe.close()
@@ -133,7 +123,7 @@ def measure(task: Task) -> Report:
         clients=len(prepared.cohort(0)),
         steps=prepared.steps(0),
         samples=sum(len(prepared.client(number)[1]) for number in prepared.cohort(0)),
-        trainable=sum(parameter.numel() for parameter in loop.parameters),
+        trainable=len(received),
         form=form,
     )
 

@@ -6,11 +6,10 @@ As many steps as a client takes, each on the union of the clients' batches of th
 import time
 
 import torch
-from torch import nn
 
 from benchmarks.networks import loss_of
-from benchmarks.plain_layers import low_rank_model
-from benchmarks.prepared import Prepared, trained
+from benchmarks.plain_layers import FlatSGD, low_rank_model
+from benchmarks.prepared import Prepared
 from benchmarks.rivals.report import Report, Task, main
 
 
@@ -26,7 +25,7 @@ def measure(task: Task) -> Report:
     model = low_rank_model(prepared, form)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    parameters = list(trained(model).values())
+    sgd = FlatSGD(model, how)
     batch = how.batch_size * len(prepared.cohort(0))
     seconds = []
     generator = torch.Generator().manual_seed(0)
@@ -37,17 +36,14 @@ def measure(task: Task) -> Report:
         # The cohort's samples lie one after the other.
         part = slice(prepared.offsets[cohort[0]], prepared.offsets[cohort[-1] + 1])
         inputs, labels = prepared.inputs[part], prepared.labels[part]
-        optimizer = torch.optim.SGD(parameters, how.learning_rate, momentum=how.momentum, fused=True)
+        sgd.restart()
         steps = 0
         for _ in range(how.local_epochs):
             for chosen in torch.randperm(len(labels), generator=generator).split(batch):
                 x = inputs[chosen]
                 if channels_last:
                     x = x.contiguous(memory_format=torch.channels_last)
-                loss_of(model(x), labels[chosen]).backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(parameters, how.max_grad_norm, foreach=True)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                sgd.step(loss_of(model(x), labels[chosen]))
                 steps += 1
         samples = len(labels)
         seconds.append(time.perf_counter() - begun)
@@ -58,7 +54,7 @@ def measure(task: Task) -> Report:
         clients=len(prepared.cohort(0)),
         steps=steps,
         samples=samples,
-        trainable=sum(parameter.numel() for parameter in parameters),
+        trainable=len(sgd.values),
         form=form + (", channels last" if channels_last else ""),
     )
 

@@ -1,7 +1,5 @@
 """This package in an app of one's own: the drop-in session with a training loop of the user's, in one process."""
 
-import os
-import sys
 from typing import Any
 
 import torch
@@ -83,12 +81,7 @@ def measure(task: Task) -> Report:
         sent = strategy.parameters_sent()
         strategy.start(grid, strategy.initial_arrays(), num_rounds=task.warm_up + task.rounds)
 
-    output, sys.stdout = sys.stdout, open(os.devnull, "w")
-    try:
-        run_in_process(server, client_app(prepared), num_supernodes=prepared.training.clients)
-    finally:
-        sys.stdout.close()
-        sys.stdout = output
+    run_in_process(server, client_app(prepared), num_supernodes=prepared.training.clients)
     measured = [row for row in clock.rows if row["round"] > task.warm_up]
     if any(row["clients_failed"] for row in measured):
         raise RuntimeError(f"clients failed: {measured[0]['failures']}")

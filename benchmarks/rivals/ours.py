@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import tempfile
 import threading
 import time
@@ -64,8 +63,7 @@ def measure(task: Task) -> Report:
         watch = _Watch(Path(directory) / "run" / "metrics.jsonl")
         if through_flower:
             watch.start()
-        with open(os.devnull, "w") as silent:
-            summary = fedloru_flwr.run(config=settings, on_line=lambda line: print(line, file=silent), **arguments)
+        summary = fedloru_flwr.run(config=settings, on_line=lambda line: None, **arguments)
         rows = [json.loads(line) for line in watch.metrics.read_text().splitlines()]
         plan = json.loads((Path(directory) / "run" / "summary.json").read_text())
     measured = [row for row in rows if row["round"] > task.warm_up]

@@ -72,7 +72,7 @@ def test_more_replies_than_memory_are_refused_with_the_reason(monkeypatch):
         available = 1 << 20
 
     monkeypatch.setattr(aggregation.psutil, "virtual_memory", lambda: Memory)
-    with pytest.raises(aggregation.Unavailable, match="all replies at once need 0.0 GiB"):
+    with pytest.raises(aggregation.Unavailable, match=r"all replies at once need 0\.0 GiB"):
         aggregation._all_at_once(aggregation.Replies(3, 1))
 
 
