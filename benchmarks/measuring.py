@@ -116,8 +116,11 @@ class Harness:
             file.write(done.stdout + done.stderr)
         report = Report.find(done.stdout)
         if done.returncode or report is None:
-            end = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-            raise RivalFailedError(f"{rival.title} failed (status {done.returncode}); the whole log: {log}\n{end}")
+            lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+            reason, end = lines[-1] if lines else "it said nothing", "\n".join(lines[-15:])
+            raise RivalFailedError(
+                f"{rival.title} failed (status {done.returncode}; the whole log: {log}): {reason}\n{end}"
+            )
         return report
 
     def side_by_side(self, rivals: Sequence[Rival], workload: str, rounds: int, warm_up: int) -> list[Measured]:

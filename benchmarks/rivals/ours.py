@@ -63,7 +63,12 @@ def measure(task: Task) -> Report:
         watch = _Watch(Path(directory) / "run" / "metrics.jsonl")
         if through_flower:
             watch.start()
-        summary = fedloru_flwr.run(config=settings, on_line=lambda line: None, **arguments)
+        lines: list[str] = []
+        try:
+            summary = fedloru_flwr.run(config=settings, on_line=lines.append, **arguments)
+        except fedloru_flwr.RunFailedError:
+            print("\n".join(lines), flush=True)  # for the log
+            raise
         rows = [json.loads(line) for line in watch.metrics.read_text().splitlines()]
         plan = json.loads((Path(directory) / "run" / "summary.json").read_text())
     measured = [row for row in rows if row["round"] > task.warm_up]
