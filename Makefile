@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install run deploy-demo test test-slow check clean
+.PHONY: help install run bench deploy-demo test test-slow check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -29,6 +29,9 @@ install: $(STAMP)  ## create .venv with the pinned dependencies and this package
 run: $(STAMP)  ## train the default job: FedLoRU, 100 virtual clients on Flower and Ray
 	$(BIN)/fedloru run
 
+bench: $(STAMP)  ## measure speed against other ways to train the same clients (about an hour; ARGS="--only digits")
+	$(BIN)/python -m benchmarks.bench $(ARGS)
+
 deploy-demo: $(STAMP)  ## FedLoRU over TLS: one SuperLink and three SuperNodes with keys, on this machine
 	$(BIN)/python examples/deploy/demo.py runs
 
@@ -45,5 +48,5 @@ check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/mypy examples/deploy
 
 clean:  ## remove .venv, caches and build products (runs/ stays)
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-bench-pfl build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
