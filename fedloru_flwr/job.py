@@ -1,5 +1,6 @@
 """One run from settings to run directory: everything the ServerApp does, whatever engine calls it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -11,7 +12,7 @@ from torch import nn
 from fedloru_flwr.clients.training import choose_device, evaluate
 from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import Samples
-from fedloru_flwr.engines.hosted import HostedGrid
+from fedloru_flwr.engines.hosted import SUPERNODES, HostedGrid
 from fedloru_flwr.engines.in_process import InProcessGrid
 from fedloru_flwr.models import NetworkFactory
 from fedloru_flwr.registry import ALGORITHMS
@@ -64,7 +65,10 @@ class Job:
         samples, spec = server_data(config)
         factory = network_factory(config, spec)
         directory = run_to_continue(config) or RunDirectory.create(config.output_dir, config.run_name)
-        directory.update_manifest({"config": config.as_mapping()})
+        supernodes = os.environ.get(SUPERNODES)  # that the run may be continued in the same form
+        directory.update_manifest(
+            {"config": config.as_mapping(), **({"supernodes": int(supernodes)} if supernodes else {})}
+        )
         return cls(config, samples, factory, directory)
 
     def strategy(self, progress: RoundProgress | None) -> FederatedStrategy:
@@ -184,3 +188,12 @@ def recorded_settings(directory: RunDirectory) -> dict[str, Any]:
         return dict(directory.read_manifest().get("config", {}))
     except OutputError:
         return {}
+
+
+def recorded_supernodes(directory: RunDirectory) -> int | None:
+    """How many SuperNodes a run on Flower's simulation began with, where that is known."""
+    try:
+        found = directory.read_manifest().get("supernodes")
+    except OutputError:
+        return None
+    return found if isinstance(found, int) else None

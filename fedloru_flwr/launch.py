@@ -85,12 +85,13 @@ def run(
         raise ValueError(f"num-supernodes must be at least 1, got {num_supernodes}")
     others = (num_actors or 1) - 1 if engine == "in-process" else 0
     with _private_matplotlib(), Workers(others) as workers:
-        from fedloru_flwr.job import check, recorded_settings, run_to_continue
+        from fedloru_flwr.job import check, recorded_settings, recorded_supernodes, run_to_continue
 
         resolved = _resolve(checked)
         if (continued := run_to_continue(resolved)) is not None:
             # What is not said anew is as it was when the run began.
             resolved = _resolve(RunConfig.from_mapping({**recorded_settings(continued), **settings}))
+            num_supernodes = num_supernodes or recorded_supernodes(continued)
         elif not resolved.run_name:
             # To the millisecond: runs that are started together get names of their own.
             stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]

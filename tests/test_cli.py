@@ -76,6 +76,7 @@ def test_an_in_process_run_leaves_the_run_directory_of_the_contract_and_nothing_
     assert str(run) in done.stdout
 
 
+@pytest.mark.slow
 def test_a_given_run_name_is_never_overwritten(tmp_path):
     (tmp_path / "runs" / "first").mkdir(parents=True)
     (tmp_path / "runs" / "first" / "keep.txt").write_text("mine")
@@ -147,6 +148,7 @@ def test_bad_files_and_engines_are_refused(tmp_path):
         assert message in outcome.output
 
 
+@pytest.mark.slow
 def test_a_layer_too_small_for_the_rank_stays_dense_and_is_named(tmp_path):
     done = fedloru("run", "--engine", "in-process", "-c", f"{SMALL} hidden=12,48,64 rank=14", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -255,6 +257,7 @@ def test_resume_auto_continues_the_newest_run_unless_it_has_finished(tmp_path, m
     assert len({row["run_dir"] for row in (first, second)}) == 2
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_leaves_the_state_of_the_last_whole_round(tmp_path, monkeypatch):
     import fedloru_flwr
     from fedloru_flwr import job

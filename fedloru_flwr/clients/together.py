@@ -62,7 +62,8 @@ class Together:
             try:
                 content = id(request.message.content)
                 order = orders[content] = orders.get(content) or wire.read_order(request.message)
-                if order.settings.accumulate_into == "stack" or self._obstacle(request.model, request.data):
+                alone = len(requests) == 1
+                if order.settings.accumulate_into == "stack" or self._obstacle(request.model, request.data, alone):
                     continue
                 contacts[index] = Contact(request.model, request.message, request.context, make=FrozenBase, order=order)
             except SessionAnswer as answer:
@@ -77,13 +78,15 @@ class Together:
                 answers[index] = self._evaluate(contact, requests[index], device)
         return answers
 
-    def _obstacle(self, model: ModelSource, data: ClientData) -> str | None:
-        if model not in self._obstacles:
+    def _obstacle(self, model: ModelSource, data: ClientData, alone: bool) -> str | None:
+        key = (model, alone)
+        if key not in self._obstacles:
             module = model if isinstance(model, torch.nn.Module) else model()
-            self._obstacles[model] = reason = obstacle(module, data.train.inputs[:2])
+            # A client alone is spared the trial, which takes the memory of several models.
+            self._obstacles[key] = reason = obstacle(module, None if alone else data.train.inputs[:2])
             if reason is not None:
                 _log.info("clients are trained one at a time: %s", reason)
-        return self._obstacles[model]
+        return self._obstacles[key]
 
     def _train(
         self,
@@ -111,7 +114,9 @@ class Together:
                 results = train_cohort(model, base, [tasks[index] for index in indices], how, device)
             except Exception as error:
                 if is_out_of_memory(error):
-                    _log.warning("not enough memory for %d clients at once: they are trained one by one", len(indices))
+                    _log.warning(
+                        "not enough memory for a batch of %d clients: they are trained with PEFT", len(indices)
+                    )
                 else:  # as if each client had met it
                     replies |= dict.fromkeys(indices, error)
                 continue

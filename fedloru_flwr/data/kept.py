@@ -19,7 +19,7 @@ _MAX_BYTES = 2**31  # larger data are not worth a copy
 
 
 def keep(config: DataConfig, source: Source, parts: tuple[np.ndarray, ...], path: Path) -> dict[str, str]:
-    """Write the file and return the variables that tell other processes of it; none where the data are too large."""
+    """Write the file and return the variables that tell other processes of it; none where there is no room for it."""
     tensors = {
         "train_inputs": source.train.inputs,
         "train_labels": source.train.labels,
@@ -30,7 +30,11 @@ def keep(config: DataConfig, source: Source, parts: tuple[np.ndarray, ...], path
     }
     if sum(tensor.nbytes for tensor in tensors.values()) > _MAX_BYTES:
         return {}
-    atomic.write_tensors(path, tensors, {"config": _digest(config), "spec": json.dumps(asdict(source.spec))})
+    about = {"config": _digest(config), "spec": json.dumps(asdict(source.spec))}
+    try:
+        atomic.write_tensors(path, tensors, about, durable=False)
+    except OSError:  # there is no room: nothing depends on it
+        return {}
     return {VARIABLE: str(path)}
 
 
@@ -56,6 +60,8 @@ def _read(path: str, digest: str) -> tuple[Source, tuple[np.ndarray, ...]] | Non
     spec = DataSpec(tuple(shape["input_shape"]), shape["num_classes"])
     train = Stored(tensors["train_inputs"], tensors["train_labels"])
     parts = np.split(tensors["parts"].numpy(), tensors["ends"][:-1].tolist())
+    for part in parts:
+        part.setflags(write=False)
     return Source(train, Stored(tensors["test_inputs"], tensors["test_labels"]), spec, ()), tuple(parts)
 
 

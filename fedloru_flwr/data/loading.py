@@ -41,7 +41,7 @@ def share(config: DataConfig, path: Path) -> dict[str, str]:
     """Write the data and the partitions into a file for a run's other processes.
 
     Returns:
-        The environment variables by which these find it; none where the data are too large for a copy.
+        The environment variables by which these find it; none where there is no room for it.
 
     Raises:
         DataError: see `validate`.

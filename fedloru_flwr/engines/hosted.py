@@ -8,10 +8,12 @@ messages that every client by itself would have sent and received.
 import os
 import time
 from collections.abc import Callable, Iterable
+from logging import INFO
 from typing import Any
 from uuid import uuid4
 
 from flwr.app import Error, Message, RecordDict
+from flwr.common.logger import log
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
@@ -21,6 +23,7 @@ from fedloru_flwr.wire import WireError
 
 SUPERNODES = "FEDLORU_SUPERNODES"  # how many there will be, where whoever started the simulation says so
 _SETTLE_SECONDS = 1.0
+_PATIENCE_SECONDS = 30.0
 _POLL_SECONDS = 0.05
 
 
@@ -94,9 +97,13 @@ class HostedGrid(Grid):
                 sent[node_id] = Message(packet.to_record_dict(), node_id, kind), own
         received = self._grid.send_and_receive([message for message, _ in sent.values()], timeout=timeout)
         replies: dict[str, Message] = {}
+        # For a host that is gone the SuperLink replies, as itself.
+        by_message = {message.metadata.message_id: node_id for node_id, (message, _) in sent.items()}
         for reply in received:
-            if reply.metadata.src_node_id in sent:
-                asked = [message for part in sent[reply.metadata.src_node_id][1] for message in part]
+            told = reply.metadata
+            node_id = told.src_node_id if told.src_node_id in sent else by_message.get(told.reply_to_message_id, -1)
+            if node_id in sent:
+                asked = [message for part in sent[node_id][1] for message in part]
                 for one in _unpacked(reply, asked):
                     replies[one.metadata.reply_to_message_id] = one
                     self.on_reply()
@@ -137,8 +144,11 @@ def hosted(grid: Grid, num_clients: int, at_once: int) -> Grid:
         now = time.monotonic()
         if len(there) != len(nodes):
             changed = now
-        elif there and now - changed >= _SETTLE_SECONDS:
+        elif now - changed >= (_SETTLE_SECONDS if there else _PATIENCE_SECONDS):
             break
         nodes = there
         time.sleep(_POLL_SECONDS)
-    return grid if len(there) >= num_clients else HostedGrid(grid, there, num_clients, at_once)
+    if not there or len(there) >= num_clients:
+        return grid
+    log(INFO, "%d SuperNodes host %d clients, up to %d trained as one batch", len(there), num_clients, at_once)
+    return HostedGrid(grid, there, num_clients, at_once)

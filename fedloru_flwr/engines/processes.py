@@ -9,8 +9,10 @@ import contextlib
 import logging
 import os
 import pickle
+import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from flwr.app import Message
 
 from fedloru_flwr.engines.in_process import InProcessGrid, Request, answers, client_context, handle, shares
 from fedloru_flwr.engines.workers import Worker, Workers, dumps
-from fedloru_flwr.packets import pack_orders, pack_replies, unpack_orders, unpack_replies
+from fedloru_flwr.packets import Packet, pack_orders, pack_replies, unpack_orders, unpack_replies
 
 _log = logging.getLogger("flwr")
 
@@ -120,23 +122,24 @@ class _Round:
                 worker.send(pack_orders(messages))
                 packet = worker.receive()
             except EOFError:
-                self._bury(worker, index)
+                if not worker.is_stopped:
+                    self._bury(worker, index)
                 return
             except Exception as error:  # goes to the thread that waits for this share
                 self._note(index, error)
                 continue
             try:
-                self._note(index, unpack_replies(packet, messages))
+                self._note(index, packet if isinstance(packet, Exception) else unpack_replies(packet, messages))
             except Exception as error:
                 self._note(index, error)
 
     def _bury(self, worker: Worker, index: int) -> None:
         """Go on without a worker that has died."""
         worker.stop()
+        status = worker.process.returncode
+        why = ", most likely for want of memory" if status == -signal.SIGKILL else ""
         _log.warning(
-            "a worker process has ended with status %s, most likely for want of memory: its clients are trained in "
-            "this process",
-            worker.process.returncode,
+            "a worker process has ended with status %s%s: its clients are trained in this process", status, why
         )
         with self._change:
             self._grid._workers.remove(worker)
@@ -151,23 +154,38 @@ class _Round:
 
 def _serve(connection: Connection) -> None:
     """A worker's life: train one share after the other until the other side is gone."""
-    import torch
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    import fedloru_flwr.client_app  # noqa: F401  # while the other side prepares the run
 
-    from fedloru_flwr.client_app import app, train_or_evaluate_together
-
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # the first optimiser imports more of torch, for seconds
     start: _Start = pickle.loads(connection.recv_bytes())
     os.environ.update(start.environment)
     while True:
-        (messages,) = unpack_orders(pickle.loads(connection.recv_bytes()))
-        requests = [
-            (message, client_context(message.metadata.dst_node_id, start.num_supernodes, start.run_config))
-            for message in messages
-        ]
-        packet = pack_replies(list(answers(partial(handle, app), requests, train_or_evaluate_together)))
-        connection.send_bytes(dumps(packet))
+        orders = pickle.loads(connection.recv_bytes())
+        try:
+            answer: object = _answer(orders, start)
+        except Exception as error:
+            answer = RuntimeError(f"{type(error).__name__}: {error}")
+        connection.send_bytes(dumps(answer))
+
+
+def _answer(orders: Packet, start: _Start) -> Packet:
+    from fedloru_flwr.client_app import app, train_or_evaluate_together
+
+    (messages,) = unpack_orders(orders)
+    requests = [
+        (message, client_context(message.metadata.dst_node_id, start.num_supernodes, start.run_config))
+        for message in messages
+    ]
+    return pack_replies(list(answers(partial(handle, app), requests, train_or_evaluate_together)))
+
+
+def _end_with_parent(parent: int) -> None:
+    """Whoever is left behind in the middle of a share must not write clients' state any more."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError):
         _serve(Connection(int(sys.argv[1])))

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -53,17 +54,18 @@ class Worker:
 
     def __init__(self) -> None:
         mine, its = socket.socketpair()
-        command = [sys.executable, "-m", "fedloru_flwr.engines.processes", str(its.fileno())]
+        command = [sys.executable, "-P", "-m", "fedloru_flwr.engines.processes", str(its.fileno())]
         # In a session of its own: Ctrl-C on the terminal is for this process, which then ends the worker.
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             pass_fds=[its.fileno()],
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
         )
         its.close()
         self._socket = mine
+        self.is_stopped = False
         self._connection = Connection(os.dup(mine.fileno()))
 
     def send(self, what: object) -> None:
@@ -84,6 +86,7 @@ class Worker:
 
     def stop(self) -> None:
         """End the process; a thread that waits for it is told that it has died."""
+        self.is_stopped = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -70,6 +72,15 @@ def test_a_run_that_fails_leaves_no_worker_behind(tmp_path):
     with pytest.raises(RunFailedError, match="20 of 20 clients failed"):
         run(tmp_path, "failing", 2, **{"max-failure-fraction": 0.1, "learning-rate": 1e30, "max-grad-norm": 0.0})
     assert workers() == []
+
+
+@pytest.mark.slow
+def test_a_worker_does_not_outlive_whoever_started_it(tmp_path):
+    script = "import os, signal; from fedloru_flwr.engines.workers import Workers; w = Workers(1).members[0];"
+    script += "print(w.process.pid, flush=True); import time; time.sleep(4); os.kill(os.getpid(), signal.SIGKILL)"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    left = psutil.Process(int(told.stdout)) if psutil.pid_exists(int(told.stdout)) else None
+    assert left is None or left.wait(10) in (None, 0, 1)
 
 
 def test_whoever_waits_for_a_worker_that_is_stopped_is_told():
