@@ -155,6 +155,7 @@ def test_a_layer_too_small_for_the_rank_stays_dense_and_is_named(tmp_path):
     assert "layers.0: stays dense, its dimensions (12 x 64) do not exceed the rank 14" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_whose_clients_all_fail_stops_with_status_1_and_its_state_saved(tmp_path):
     # A held-out test set with 10 classes, but clients that are told of 3: every client refuses its labels.
     settings = f"{SMALL} run-name=failing batched=false"

@@ -30,7 +30,12 @@ def test_settings_that_would_be_ignored_or_make_no_sense_are_refused(settings, t
 
 
 @pytest.mark.parametrize(
-    "settings", [{"algorithm": "pfedloru"}, {"algorithm": "fedavg", "scaffold": True}, {"algorithm": "lowrank-ef"}]
+    "settings",
+    [
+        {"algorithm": "pfedloru"},
+        pytest.param({"algorithm": "fedavg", "scaffold": True}, marks=pytest.mark.slow),
+        pytest.param({"algorithm": "lowrank-ef"}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_finished_run_that_goes_on_has_its_clients_own_state(settings, tmp_path):
     def run(name, rounds):

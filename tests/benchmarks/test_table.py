@@ -76,6 +76,8 @@ def test_what_is_measured_is_the_weighted_mean():
         torch.testing.assert_close(mean[key].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_quick_run_writes_the_table(tmp_path):
     command = [sys.executable, "-m", "benchmarks.bench", "--quick", "--no-pfl", "--out", str(tmp_path)]
     command += ["--only", "digits", "--only", "language-model", "--only", "server", "--only", "clients"]
