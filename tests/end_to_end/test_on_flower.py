@@ -142,14 +142,16 @@ def test_supernodes_that_host_many_clients_give_the_run_of_the_other_engine(more
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_hosts_whose_worker_dies_go_on_as_well(output_dir, rows_of):
     def watch(line: str) -> None:
         said.append(line)
-        if line.startswith("round 2/") and not any("has died" in one for one in said):
+        if line.startswith("round  2/20") and not any("has died" in one for one in said):
             a_worker_of_this_process().kill()
 
     said: list[str] = []
-    more = {"batched": True, "norm": "group", "checkpoint-every": 1}
+    # Rounds enough that the run is not over by the time the line is here.
+    more = {"batched": True, "norm": "group", "checkpoint-every": 1, "num-server-rounds": 20, "accumulate-every": 5}
     killed = run("killed", on_line=watch, num_supernodes=2, **more)
     assert sum("a worker has died" in line for line in said) == 1
     assert rows_of(killed) == rows_of(run("expected", "in-process", **more))
