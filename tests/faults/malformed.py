@@ -60,7 +60,8 @@ class Malformer:
 
     def change_one(self, content: RecordDict) -> str:
         """Change one field in place; say which and how."""
-        present = [kind for kind in (*RECORDS, "records") if kind in content or kind == "records"]
+        # An earlier change may have put a record of another kind there.
+        present = [*(kind for kind, record in RECORDS.items() if isinstance(content.get(kind), record)), "records"]
         where = self.rng.choices(present, [4 if kind in ("config", "arrays") else 1 for kind in present])[0]
         return f"{where}: {getattr(self, f'_change_{where}')(content)}"
 
