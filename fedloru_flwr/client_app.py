@@ -86,7 +86,7 @@ def train_or_evaluate_together(requests: list[tuple[Message, Context]]) -> list[
     if not config.batched or (config.evaluate_in_training and "train" in kinds):
         return [None] * len(requests)
     torch.set_num_threads(config.threads)
-    server_round = wire.read_order(requests[0][0]).server_round
+    server_round = wire.template_round(requests[0][0].content)  # the orders are parsed once, by whom they are for
     answers: list[Message | Exception | None] = [None] * len(requests)
     whole: dict[int, Request] = {}
     for index, (message, context) in enumerate(requests):

@@ -184,16 +184,17 @@ def run_to_continue(config: RunConfig) -> RunDirectory | None:
 
 def recorded_settings(directory: RunDirectory) -> dict[str, Any]:
     """The settings a run began with; empty if it ended before it wrote them down."""
-    try:
-        return dict(directory.read_manifest().get("config", {}))
-    except OutputError:
-        return {}
+    return dict(_recorded(directory).get("config", {}))
 
 
 def recorded_supernodes(directory: RunDirectory) -> int | None:
     """How many SuperNodes a run on Flower's simulation began with, where that is known."""
-    try:
-        found = directory.read_manifest().get("supernodes")
-    except OutputError:
-        return None
+    found = _recorded(directory).get("supernodes")
     return found if isinstance(found, int) else None
+
+
+def _recorded(directory: RunDirectory) -> dict[str, Any]:
+    try:
+        return directory.read_manifest()
+    except OutputError:
+        return {}

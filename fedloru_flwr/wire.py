@@ -1,4 +1,4 @@
-"""The only code that builds or parses Flower records; every key name lives here.
+"""The only code, with `packets`, that builds or parses Flower records; every key name lives here.
 
 Server to client, an **order**: one ArrayRecord with the Trainables and one ConfigRecord, which holds the user's own
 settings and, under this package's keys, a JSON header, the ledger entries the client lacks and the running statistics
@@ -586,8 +586,8 @@ class ReadyReply(Message):
     """A reply whose parts are at hand, since it was made in this process or came packed together with others.
 
     To whoever looks at its content it is a message like any other; the records are made then. Who only wants to read,
-    measure and judge it (`reply_of`, `size_of`) is spared their making. Flower itself
-    cannot send it, which knows `Message` alone.
+    measure and judge it (`reply_of`, `size_of`) is spared their making. Flower itself, which knows `Message` alone,
+    cannot send it.
 
     Args:
         reply: what it says.
@@ -643,40 +643,28 @@ class ReadyReply(Message):
             return self._size
         arrays, known = None, {}
         if self.trained:
-            arrays = _stand_in(tuple((name, t.shape, t.dtype) for name, t in self.reply.tensors.items()))
-            if arrays is None or _any_equal(self.reply.tensors):
+            found = _stand_in(tuple((name, t.shape, t.dtype) for name, t in self.reply.tensors.items()))
+            if found is None or _any_equal(self.reply.tensors):
                 arrays = to_record(self.reply.tensors)
             else:
-                known = {id(arrays): _size_of_stand_in(arrays)}
+                arrays, size = found
+                known = {id(arrays): size}
         content = _reply_records(self.reply, arrays, self.arrays_key, self.config_key)
         self._size = content_bytes(content, known), extras_bytes(content)
         return self._size
 
 
 _CHUNK = 4 * 2**20  # above it, Flower sends an array in parts, of which equal ones are sent once
-_stand_ins: dict[Any, ArrayRecord | None] = {}
-_stand_in_sizes: dict[int, int] = {}
 
 
-def _stand_in(like: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> ArrayRecord | None:
-    """Arrays, all different, of these names, shapes and dtypes; None where their bytes cannot be told by these."""
-    if like not in _stand_ins:
-        while len(_stand_ins) >= 64:
-            gone = _stand_ins.pop(next(iter(_stand_ins)))
-            _stand_in_sizes.pop(id(gone), None)
-        plain = all(dtype.is_floating_point and 0 < shape.numel() * 8 < _CHUNK for _, shape, dtype in like)
-        _stand_ins[like] = (
-            to_record({name: torch.full(shape, float(i), dtype=dtype) for i, (name, shape, dtype) in enumerate(like)})
-            if plain
-            else None
-        )
-    return _stand_ins[like]
-
-
-def _size_of_stand_in(arrays: ArrayRecord) -> int:
-    if id(arrays) not in _stand_in_sizes:
-        _stand_in_sizes[id(arrays)] = content_bytes(arrays)
-    return _stand_in_sizes[id(arrays)]
+@lru_cache(64)
+def _stand_in(like: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> tuple[ArrayRecord, int] | None:
+    """Arrays, all different, of these names, shapes and dtypes, and their bytes; None where these do not tell them."""
+    if not all(dtype.is_floating_point and 0 < shape.numel() * 8 < _CHUNK for _, shape, dtype in like):
+        return None
+    tensors = {name: torch.full(shape, float(i), dtype=dtype) for i, (name, shape, dtype) in enumerate(like)}
+    arrays = to_record(tensors)
+    return arrays, content_bytes(arrays)
 
 
 def _any_equal(tensors: Mapping[str, Tensor]) -> bool:

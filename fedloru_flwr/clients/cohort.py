@@ -285,7 +285,7 @@ class _Optimizer:
 
     def __init__(self, how: LocalOptimisation) -> None:
         self._how = how
-        self._first: dict[str, Tensor | None] = {}  # SGD's momentum, AdamW's first moment
+        self._first: dict[str, Tensor] = {}  # SGD's momentum, AdamW's first moment
         self._second: dict[str, Tensor] = {}
         self._steps: dict[str, Tensor] = {}
 
@@ -307,7 +307,7 @@ class _Optimizer:
             adamw(
                 tensors,
                 [gradients[key] for key in keys],
-                [_present(self._first[key])[:count] for key in keys],
+                [self._first[key][:count] for key in keys],
                 [self._second[key][:count] for key in keys],
                 [],
                 [self._steps[key] for key in keys],
@@ -321,8 +321,7 @@ class _Optimizer:
                 maximize=False,
             )
             return
-        before = [self._first.get(key) for key in keys]
-        buffers = [None if one is None else one[:count] for one in before]
+        buffers = [self._first[key][:count] if key in self._first else None for key in keys]
         sgd(
             tensors,
             [gradients[key] for key in keys],
@@ -335,12 +334,9 @@ class _Optimizer:
             nesterov=False,
             maximize=False,
         )
-        self._first |= {key: new for key, old, new in zip(keys, before, buffers, strict=True) if old is None}
-
-
-def _present(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
+        for key, buffer in zip(keys, buffers, strict=True):
+            if buffer is not None:  # torch fills them in at the first step, where there is momentum
+                self._first.setdefault(key, buffer)
 
 
 def _is_of(key: str, layer: str) -> bool:

@@ -67,10 +67,8 @@ class ProcessGrid(InProcessGrid):
     def _answers(self, requests: Sequence[Request]) -> Iterator[Message]:
         parts = [requests[part] for part in shares(len(requests), self._at_once)]
         if len(parts) < 2 or not self._workers:
-            for part in parts:
-                yield from self._answer_share(part)
-            return
-        yield from _Round(parts, self).replies()
+            return super()._answers(requests)
+        return _Round(parts, self).replies()
 
 
 class _Round:
