@@ -12,8 +12,8 @@ from torch import nn
 from fedloru_flwr.clients.training import choose_device, evaluate
 from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import Samples
-from fedloru_flwr.engines.hosted import SUPERNODES, HostedGrid
-from fedloru_flwr.engines.in_process import InProcessGrid
+from fedloru_flwr.engines.hosted import SUPERNODES
+from fedloru_flwr.engines.in_process import VirtualGrid
 from fedloru_flwr.models import NetworkFactory
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_table
@@ -102,7 +102,7 @@ class Job:
         with RoundProgress(console, config.num_server_rounds, resumed_from=resumed_from) as progress:
             strategy = self.strategy(progress)
             _introduce(console, strategy, config, self.directory, found[0] if found else 0)
-            if isinstance(grid, InProcessGrid | HostedGrid):
+            if isinstance(grid, VirtualGrid):
                 grid.on_reply = progress.client_done
             strategy.start(
                 grid,

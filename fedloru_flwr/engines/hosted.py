@@ -7,17 +7,15 @@ messages that every client by itself would have sent and received.
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from logging import INFO
 from typing import Any
-from uuid import uuid4
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.common.logger import log
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from fedloru_flwr.engines.in_process import FIRST_NODE, shares
+from fedloru_flwr.engines.in_process import FIRST_NODE, VirtualGrid, named, shares
 from fedloru_flwr.packets import ACTION, Packet, pack_orders, unpack_replies
 from fedloru_flwr.wire import WireError
 
@@ -27,7 +25,7 @@ _PATIENCE_SECONDS = 30.0
 _POLL_SECONDS = 0.05
 
 
-class HostedGrid(Grid):
+class HostedGrid(VirtualGrid):
     """A grid with a node for every client, over one whose nodes host them.
 
     Args:
@@ -37,16 +35,14 @@ class HostedGrid(Grid):
         at_once: how many clients are trained as one batch at most.
     """
 
-    complete = True  # no more nodes will come: a strategy need not wait for them
     simulated = True
 
     def __init__(self, grid: Grid, hosts: list[int], num_clients: int, at_once: int) -> None:
+        super().__init__()
         self._grid = grid
         self._hosts = sorted(hosts)
         self._num_clients = num_clients
         self._at_once = at_once
-        self._replies: dict[str, Message] = {}
-        self.on_reply: Callable[[], None] = lambda: None
 
     def set_run(self, run: Any) -> None:
         """Flower's own."""
@@ -57,19 +53,9 @@ class HostedGrid(Grid):
         """Flower's own."""
         return self._grid.run
 
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Make a message, as ``flwr.app.Message`` does."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> Iterable[int]:
         """The clients' ids."""
         return range(FIRST_NODE, FIRST_NODE + self._num_clients)
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """The clients as nodes, in the order of their partition ids."""
-        return [NodeInfo(node_id=node_id, registered_at=f"{node_id:020d}") for node_id in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send the messages and wait for the replies."""
@@ -78,15 +64,9 @@ class HostedGrid(Grid):
             self._replies[reply.metadata.reply_to_message_id] = reply
         return [message.metadata.message_id for message in messages]
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Take the replies to these messages."""
-        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
-
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send the messages to the hosts and return the replies, in the order sent."""
-        messages = list(messages)
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid4())
+        messages = named(messages)
         sent: dict[int, tuple[Message, list[list[Message]]]] = {}
         parts = [messages[part] for part in shares(len(messages), self._at_once)] if messages else []
         for host, node_id in enumerate(self._hosts):

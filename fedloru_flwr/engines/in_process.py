@@ -30,7 +30,43 @@ _FEW = 32  # fewer clients than this, where they fit one batch, are not worth di
 FIRST_NODE = 1000
 
 
-class InProcessGrid(Grid):
+class VirtualGrid(Grid):
+    """A grid of virtual clients that are all there from the start; what its kinds have in common.
+
+    Attributes:
+        on_reply: called at every client's reply.
+    """
+
+    complete = True  # no more nodes will come: a strategy need not wait for them
+
+    def __init__(self) -> None:
+        self.on_reply: Callable[[], None] = lambda: None
+        self._replies: dict[str, Message] = {}
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Make a message, as ``flwr.app.Message`` does."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The nodes, in the order of their partition ids."""
+        return [NodeInfo(node_id=node_id, registered_at=f"{node_id:020d}") for node_id in self.get_node_ids()]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Take the replies to these messages."""
+        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
+
+
+def named(messages: Iterable[Message]) -> list[Message]:
+    """The messages, each with an id of its own."""
+    messages = list(messages)
+    for message in messages:
+        message.metadata.__dict__["_message_id"] = str(uuid4())
+    return messages
+
+
+class InProcessGrid(VirtualGrid):
     """A grid whose nodes are contexts in this process; messages are handled one after the other, as they are sent.
 
     Each node keeps its ``Context.state`` between messages, as in a simulation. A client app that raises gives an error
@@ -46,8 +82,6 @@ class InProcessGrid(Grid):
         at_once: how many of them at most; see `shares`.
     """
 
-    complete = True  # no more nodes will come: a strategy need not wait for them
-
     def __init__(
         self,
         client_app: ClientApp,
@@ -57,10 +91,10 @@ class InProcessGrid(Grid):
         together: Together | None = None,
         at_once: int = 25,
     ) -> None:
+        super().__init__()
         self._app = client_app
         self._handle_together = together
         self._at_once = at_once
-        self.on_reply: Callable[[], None] = lambda: None
         nodes = range(FIRST_NODE, FIRST_NODE + len(node_configs or range(num_supernodes)))
         self._contexts = {
             node_id: _context(node_id, node_configs[index], run_config)
@@ -68,7 +102,6 @@ class InProcessGrid(Grid):
             else client_context(node_id, num_supernodes, run_config)
             for index, node_id in enumerate(nodes)
         }
-        self._replies: dict[str, Message] = {}
 
     def set_run(self, run: Any) -> None:
         """Nothing to set: there is one run."""
@@ -78,25 +111,13 @@ class InProcessGrid(Grid):
         """There is no run object without a SuperLink."""
         raise RuntimeError("an in-process grid has no Flower run")
 
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Make a message, as ``flwr.app.Message`` does."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> Iterable[int]:
         """The nodes' ids."""
         return list(self._contexts)
 
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """The nodes, in the order of their partition ids."""
-        return [NodeInfo(node_id=node_id, registered_at=f"{node_id:020d}") for node_id in self._contexts]
-
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Handle the messages at once and keep the replies."""
-        messages = list(messages)
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid4())
+        messages = named(messages)
         there = [message for message in messages if message.metadata.dst_node_id in self._contexts]
         replies = self._answers([(message, self._contexts[message.metadata.dst_node_id]) for message in there])
         for message in messages:
@@ -119,10 +140,6 @@ class InProcessGrid(Grid):
     def _handle(self, message: Message) -> Message:
         """The reply to one message."""
         return handle(self._app, message, self._contexts[message.metadata.dst_node_id])
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Take the replies to these messages."""
-        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Handle the messages and return the replies, in the order sent."""

@@ -1,6 +1,8 @@
 """Real runs: `flwr run`, SuperLink, Ray."""
 
 import sys
+import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -144,15 +146,26 @@ def test_supernodes_that_host_many_clients_give_the_run_of_the_other_engine(more
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_hosts_whose_worker_dies_go_on_as_well(output_dir, rows_of):
-    def watch(line: str) -> None:
-        said.append(line)
-        if line.startswith("round  2/20") and not any("has died" in one for one in said):
-            a_worker_of_this_process().kill()
+    # By the run's own file, not by what is printed: that comes seconds late, when rounds this short are over.
+    metrics = output_dir / "killed" / "metrics.jsonl"
+
+    def kill_a_worker_in_the_second_round() -> None:
+        while not over.is_set():
+            if metrics.exists() and metrics.read_text().count("\n") >= 2:
+                a_worker_of_this_process().kill()
+                return
+            time.sleep(0.005)
 
     said: list[str] = []
-    # Rounds enough that the run is not over by the time the line is here.
-    more = {"batched": True, "norm": "group", "checkpoint-every": 1, "num-server-rounds": 20, "accumulate-every": 5}
-    killed = run("killed", on_line=watch, num_supernodes=2, **more)
+    over = threading.Event()
+    more = {"batched": True, "norm": "group", "checkpoint-every": 1, "num-server-rounds": 40, "accumulate-every": 5}
+    killer = threading.Thread(target=kill_a_worker_in_the_second_round)
+    killer.start()
+    try:
+        killed = run("killed", on_line=said.append, num_supernodes=2, **more)
+    finally:
+        over.set()
+        killer.join()
     assert sum("a worker has died" in line for line in said) == 1
     assert rows_of(killed) == rows_of(run("expected", "in-process", **more))
 
