@@ -105,7 +105,7 @@ def _bytes_of_one(
     model: FunctionalModel, shared: Mapping[str, Tensor], task: LocalTask, batch_size: int, device: torch.device
 ) -> int:
     """About the memory that one client's training takes: its values, and what a step keeps for the backward pass."""
-    values = {key: value.to(device).detach().requires_grad_() for key, value in task.values.items()}
+    values = {key: value.to(device).detach()[None].requires_grad_() for key, value in task.values.items()}
     known = {tensor.untyped_storage().data_ptr() for tensor in (*values.values(), *shared.values())}
     kept: dict[int, int] = {}
 
@@ -116,7 +116,7 @@ def _bytes_of_one(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model.forward(values, shared, task.samples.inputs[:batch_size].to(device), batched=True)
+        model.forward_stacked(values, shared, task.samples.inputs[:batch_size].to(device)[None])
     return 1 + _COPIES * sum(value.nbytes for value in values.values()) + 2 * sum(kept.values())
 
 

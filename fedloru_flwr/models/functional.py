@@ -9,18 +9,16 @@ or, for the family ``loha``, ``y = (W + s (w1_a w1_b) * (w2_a w2_b)) x + b``.
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 from torch.nn import functional
 
 from fedloru_flwr.lowrank import FactorisedLayer
+from fedloru_flwr.models import stacked
 from fedloru_flwr.models.layout import Layout, nested_keys, personal_keys, shapes, shared_keys
 from fedloru_flwr.models.plan import canonical_names
-
-_FAST_CHANNELS = 8  # oneDNN's grouped convolution is up to four times slower where a group has fewer outputs
 
 
 class FunctionalModel:
@@ -54,47 +52,101 @@ class FunctionalModel:
         self.buffers = dict(self._module.named_buffers())
         adapters: list[str] = []
         plain = [name for name, _ in self._module.named_parameters()]
+        own = {name for name, key in canonical_names(self._module).items() if key in set(dense_leaves)}
         for layer in self.layers:
             if layout is None:
                 raise ValueError("a model with factorised layers needs their layout")
             adapters += _factorise(self._module.get_submodule(layer.name), layer, layout)
-        for name, part in self._module.named_modules():
-            if type(part) is nn.Embedding and part.padding_idx is not None:
-                part.__class__ = _OwnEmbedding
-            elif type(part) is nn.Linear and f"{name}.weight" in dense_leaves:
-                part.__class__ = _OwnLinear
-        self._own = [part for part in self._module.modules() if isinstance(part, _Own)]
         self.keys = (*adapters, *dense_leaves)
         self.base_keys = tuple(name for name in plain if name not in set(dense_leaves))
         self.step_bytes: dict[object, int] = {}
         self._names = canonical_names(self._module)
+        self._own = frozenset(own.union(adapters))
+        self._is_tried = False
+        _stack_parts(self._module, self._own)
 
-    def forward(
-        self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor, *, batched: bool = False
-    ) -> Tensor:
+    def forward(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The outputs ``(batch, classes)`` of one client.
 
         Args:
             values: the client's tensors, by `keys`.
             base: everything else, by the plain model's names: `base_keys`, and buffers that differ from `buffers`.
             x: ``(batch, *input_shape)``.
-            batched: whether it is computed as under `vmap` over clients; alone, torch's own kernels serve better.
         """
-        for layer in self._own:
-            layer.alone = not batched
+        return self._forward(values, base, x, clients=0)
+
+    def forward_clients(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The outputs ``(clients, batch, classes)`` of clients whose ``values`` and ``x`` are stacked; one base.
+
+        One client alone is computed by torch's own kernels for one.
+        """
+        if len(x) == 1:
+            return self.forward({key: value[0] for key, value in values.items()}, base, x[0])[None]
+        return self.forward_stacked(values, base, x)
+
+    def forward_stacked(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """As `forward_clients`, also where there is a single client.
+
+        The clients' samples go through the model side by side where that gives what each has alone, which is tried
+        once; else, as where a model's forward pass reads a client's tensors outside of the layers that hold them, the
+        whole model is computed by `torch.func.vmap`.
+        """
+        if not self._is_tried:
+            if not self._can_lie_side_by_side(values, base, x):
+                stacked.stack(self._module, self._own)
+            self._is_tried = True
+        return self._forward(values, base, x.flatten(0, 1), clients=len(x)).unflatten(0, (len(x), -1))
+
+    def _forward(
+        self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor, *, clients: int
+    ) -> Tensor:
+        for part in self._module.modules():
+            if isinstance(part, stacked.Stacked):
+                part.clients = clients
         tensors = {name: values[key] if key in values else base[key] for name, key in self._names.items()}
         tensors |= {name: base[name] for name in self.buffers if name in base}
         return functional_call(self._module, tensors, (x,), tie_weights=False)  # type: ignore[no-any-return]
 
-    def forward_clients(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The outputs ``(clients, batch, classes)`` of clients whose ``values`` and ``x`` are stacked; one base."""
+    @torch.no_grad()
+    def _can_lie_side_by_side(
+        self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor
+    ) -> bool:
+        """Whether two clients with tensors near ``values`` get the outputs that each has alone."""
+        noise = torch.Generator().manual_seed(0)
+        two = {
+            key: value[[0, -1]] + 0.1 * torch.randn((2, *value.shape[1:]), generator=noise).to(value)
+            for key, value in values.items()
+        }
+        few = x[[0, -1], :2]
+        alone = [self.forward({key: value[i] for key, value in two.items()}, base, few[i]) for i in range(2)]
+        try:
+            together = self._forward(two, base, few.flatten(0, 1), clients=2)
+        except Exception:  # whatever it is, it is not met where the clients are kept apart
+            return False
+        expected = torch.cat(alone)
+        if together.shape != expected.shape:
+            return False
+        return bool((together - expected).norm() <= 1e-3 * expected.norm() + 1e-6)
 
-        def one(own: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-            return self.forward(own, base, inputs, batched=len(x) > 1)
 
-        if len(x) == 1:
-            return one({key: value[0] for key, value in values.items()}, x[0])[None]
-        return vmap(one)(values, x)
+def _stack_parts(module: nn.Module, own: frozenset[str], prefix: str = "") -> None:
+    """Have every part of the module that holds parameters ``own`` compute with stacked ones."""
+    direct = frozenset(name for name in module._parameters if prefix + name in own)
+    if isinstance(module, stacked.Stacked):
+        module.own = direct
+    elif direct and any(True for _ in module.children()):  # it may use its parts' tensors as it likes
+        below = frozenset(name.removeprefix(prefix) for name in own if name.startswith(prefix))
+        _stack_children(module, own, prefix)
+        stacked.stack(module, below)
+        return
+    elif direct:
+        stacked.stack(module, direct)
+    _stack_children(module, own, prefix)
+
+
+def _stack_children(module: nn.Module, own: frozenset[str], prefix: str) -> None:
+    for name, child in module.named_children():
+        _stack_parts(child, own, f"{prefix}{name}.")
 
 
 def _factorise(module: nn.Module, layer: FactorisedLayer, layout: Layout) -> list[str]:
@@ -109,13 +161,7 @@ def _factorise(module: nn.Module, layer: FactorisedLayer, layout: Layout) -> lis
     return keys
 
 
-class _Own(nn.Module):
-    """A layer with tensors that each client has for itself."""
-
-    alone = True  # not under `vmap`
-
-
-class _Factorised(_Own):
+class _Factorised(stacked.Stacked):
     """A linear, convolutional or embedding layer with adapters; a plain layer's class is added to its bases."""
 
     layer: FactorisedLayer
@@ -123,29 +169,50 @@ class _Factorised(_Own):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the plain layer."""
-        layer, weight, bias = self.layer, self._value("weight"), self._parameters.get("bias")
+        weight, bias = self._value("weight"), self._parameters.get("bias")
+        if self.clients:
+            return self._forward_stacked(x, weight, bias)
         if self.layout.family == "loha":
             weight = weight + self._hadamard()
-        y = _apply(self, layer, x, weight, bias, is_own=self.layout.family == "loha" and not self.alone)
-        pairs = self._pairs()
-        if not pairs:
+        y = _apply(self, self.layer, x, weight, bias)
+        pair = self._pair()
+        if pair is None:
             return y
-        # Pairs side by side are one pair of a higher rank.
-        a = torch.cat([a for a, _ in pairs]).reshape(-1, *layer.a_shape()[1:])
-        b = torch.cat([b for _, b in pairs], dim=1)
-        if layer.kind in ("conv1d", "conv2d"):
-            if self.alone:
-                inner = _apply(self, layer, x, a, None, is_own=False)
-                point = functional.conv1d if layer.kind == "conv1d" else functional.conv2d
-                return y + point(inner, b.reshape(*b.shape, *(1,) * (a.dim() - 2)))
-            missing = -len(a) % _FAST_CHANNELS
-            a = functional.pad(a, (0, 0) * (a.dim() - 1) + (0, missing))
-            b = functional.pad(b, (0, missing))
-            inner = _apply(self, layer, x, a, None, is_own=True)
-            batch_axes = inner.dim() - a.dim() + 1  # none where the input is a single sample
-            return y + (b @ inner.flatten(batch_axes + 1)).reshape(y.shape)
-        inner = _apply(self, layer, x, a.T if layer.transposed else a, None, is_own=not self.alone)
-        return y + (functional.linear(inner, b) if self.alone else _own_linear(inner, b, None))
+        a, b = pair
+        if self.layer.kind in ("conv1d", "conv2d"):
+            inner = _apply(self, self.layer, x, a.reshape(-1, *self.layer.a_shape()[1:]), None)
+            point = functional.conv1d if self.layer.kind == "conv1d" else functional.conv2d
+            return y + point(inner, b.reshape(*b.shape, *(1,) * (inner.dim() - 2)))
+        return y + functional.linear(_apply(self, self.layer, x, a.T if self.layer.transposed else a, None), b)
+
+    def _forward_stacked(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """With the clients' samples side by side, and tensors stacked except for ``weight``."""
+        frozen_bias = None if "bias" in self.own else bias
+        if self.layout.family == "loha":
+            y = self._apply_stacked(x, weight + self._hadamard())
+            if frozen_bias is not None:
+                y = y + frozen_bias.reshape(-1, *(1,) * (y.dim() - 2) if isinstance(self, _CONVOLUTIONS) else ())
+        else:
+            y = _apply(self, self.layer, x, weight, frozen_bias)
+        if bias is not None and frozen_bias is None:
+            y = y + stacked.per_sample(bias, len(y), y.dim(), axis=1 if isinstance(self, _CONVOLUTIONS) else -1)
+        pair = self._pair()
+        if pair is None:
+            return y
+        a, b = pair
+        if isinstance(self, _CONVOLUTIONS):
+            inner = self._apply_stacked(x, a.reshape(*a.shape[:2], *self.layer.a_shape()[1:]))
+            return y + stacked.pointwise(inner, b, self.clients)
+        inner = self._apply_stacked(x, a.mT if self.layer.transposed else a)
+        return y + stacked.linear(inner, b, self.clients)
+
+    def _apply_stacked(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the plain layer computes without bias, with stacked weights in their stored form."""
+        if isinstance(self, _CONVOLUTIONS):
+            return stacked.convolution(self, x, weight, self.clients)
+        if isinstance(self, nn.Embedding):
+            return stacked.look_up(x, weight, self.padding_idx, self.clients)
+        return stacked.linear(x, weight.mT if self.layer.transposed else weight, self.clients)
 
     def _value(self, key: str) -> Tensor:
         value: Tensor | None = self._parameters[key.removeprefix(f"{self.layer.name}.")]
@@ -155,46 +222,41 @@ class _Factorised(_Own):
     def _hadamard(self) -> Tensor:
         """``s (w1_a w1_b) * (w2_a w2_b)`` in the shape of the stored weight."""
         w1_a, w1_b, w2_a, w2_b = (self._value(key) for key in shared_keys(self.layer, "loha"))
-        return self.layer.as_weight(self.layout.scale * (w1_a @ w1_b) * (w2_a @ w2_b))
+        product = self.layout.scale * (w1_a @ w1_b) * (w2_a @ w2_b)
+        if self.layer.transposed:
+            return product.mT.contiguous()
+        return product.reshape(*product.shape[:-2], *self.layer.weight_shape)
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Matrices ``A`` and ``B``, the scale in ``B``, whose products add up to the low-rank part of the weight."""
+    def _pair(self) -> tuple[Tensor, Tensor] | None:
+        """Matrices ``A`` and ``B``, the scale in ``B``, whose product is the low-rank part of the weight."""
         layer, layout, pairs = self.layer, self.layout, []
         if layout.family == "lora":
-            a, b = layer.as_matrices(*(self._value(key) for key in shared_keys(layer, "lora")))
+            a, b = self._matrices(*shared_keys(layer, "lora"))
             if layout.nested_rank:
-                a_down, a_up, b_down, b_up = (self._value(key) for key in nested_keys(layer))
-                a_up, b_down = layer.as_matrices(a_up, b_down)
-                a = a + layout.nested_scale * (a_down @ a_up)
-                b = b + layout.nested_scale * (b_down @ b_up)
+                a_down, a_up, b_down, b_up = nested_keys(layer)
+                a = a + layout.nested_scale * (self._value(a_down) @ self._matrix(a_up))
+                b = b + layout.nested_scale * (self._matrix(b_down) @ self._value(b_up))
             pairs.append((a, layout.scale * b))
         if layout.personal_rank:
-            own_a, own_b = layer.as_matrices(*(self._value(key) for key in personal_keys(layer)))
-            pairs.append((own_a, layout.personal_scale * own_b))
-        return pairs
+            a, b = self._matrices(*personal_keys(layer))
+            pairs.append((a, layout.personal_scale * b))
+        if len(pairs) < 2:
+            return pairs[0] if pairs else None
+        # Pairs side by side are one pair of a higher rank.
+        return torch.cat([a for a, _ in pairs], dim=-2), torch.cat([b for _, b in pairs], dim=-1)
+
+    def _matrices(self, a_key: str, b_key: str) -> tuple[Tensor, Tensor]:
+        return self._matrix(a_key), self._matrix(b_key)
+
+    def _matrix(self, key: str) -> Tensor:
+        """A factor ``(rows, columns, ...)`` as a matrix, one a client where they are stacked."""
+        return self._value(key).flatten(2 if self.clients else 1)
 
 
-class _OwnEmbedding(nn.Embedding):
-    """An embedding whose padding row gets no gradient under vmap either."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As the plain layer."""
-        return _look_up(input, self.weight, self.padding_idx)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
-class _OwnLinear(_Own, nn.Linear):
-    """A linear layer with a weight for each client."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As the plain layer."""
-        if self.alone:
-            return functional.linear(input, self.weight, self.bias)
-        return _own_linear(input, self.weight, self.bias)
-
-
-def _apply(
-    module: nn.Module, layer: FactorisedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, *, is_own: bool
-) -> Tensor:
+def _apply(module: nn.Module, layer: FactorisedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What the plain layer computes, with another weight (any number of outputs) in its stored form.
 
     Args:
@@ -203,60 +265,11 @@ def _apply(
         x: the input.
         weight: the weight.
         bias: the bias.
-        is_own: whether each client has a weight for itself.
     """
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
+    if isinstance(module, _CONVOLUTIONS):
         return module._conv_forward(x, weight, bias)  # type: ignore[no-any-return]  # torch's is untyped
     if isinstance(module, nn.Embedding):
-        return _look_up(x, weight, module.padding_idx)
+        return stacked.look_up(x, weight, module.padding_idx)
     if layer.transposed:
         return x @ weight if bias is None else x @ weight + bias
-    return _own_linear(x, weight, bias) if is_own else functional.linear(x, weight, bias)
-
-
-def _own_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + b`` for a weight that each client has for itself."""
-    y: Tensor = _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])  # type: ignore[no-untyped-call]
-    return y if bias is None else y + bias
-
-
-class _Product(torch.autograd.Function):
-    """``x W^T`` of ``x (batch, in)`` and ``W (out, in)``, or of stacks of both.
-
-    torch's own gives a stacked weight's gradient transposed, which it then copies into place at great cost.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        """``(batch, out)``."""
-        return x @ weight.mT
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        """Keep both for the gradients."""
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """``G W`` and ``G^T x``, the latter with the fewer rows first: narrow products are slow."""
-        x, weight = ctx.saved_tensors
-        is_wide = weight.shape[-1] >= weight.shape[-2]
-        to_x, to_weight = ctx.needs_input_grad
-        return (
-            gradient @ weight if to_x else None,
-            (gradient.mT @ x if is_wide else (x.mT @ gradient).mT) if to_weight else None,
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
-        """Over stacks."""
-        stacks = [
-            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            for tensor, dim in zip((x, weight), in_dims, strict=True)
-        ]
-        return _Product.apply(*stacks), 0  # type: ignore[no-untyped-call]  # torch's is untyped
-
-
-def _look_up(x: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
-    y = functional.embedding(x, weight)
-    return y if padding_idx is None else torch.where((x == padding_idx)[..., None], y.detach(), y)
+    return functional.linear(x, weight, bias)
