@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from fedloru_flwr.clients.memory import keep_freed_memory
 from fedloru_flwr.clients.task import LocalResult, LocalTask, Phase
 from fedloru_flwr.clients.training import LocalOptimisation, batches
 from fedloru_flwr.data import Samples
@@ -50,6 +51,8 @@ def train_cohort(
     if not tasks:
         return []
     _check(model, base, tasks)
+    if device.type == "cpu":
+        keep_freed_memory()
     if max_bytes is None:
         max_bytes = _MAX_BYTES_CPU if device.type == "cpu" else _MAX_BYTES
     shared = {name: tensor.to(device) for name, tensor in {**model.buffers, **base}.items()}
@@ -405,7 +408,8 @@ def _try(module: nn.Module, inputs: Tensor) -> str | None:
         for name, one in ((name, parameter.detach().cpu()) for name, parameter in module.named_parameters())
     }
     x = torch.stack([inputs, inputs.flip(0)])
-    model = FunctionalModel(module, dense_leaves=tuple(stacked))
+    # By `torch.func`, which refuses what depends on more than one sample, a branch for example.
+    model = FunctionalModel(module, dense_leaves=tuple(stacked), side_by_side=False)
     try:
         outputs = model.forward_clients(stacked, {}, x)
         direction = torch.randn(outputs.shape, generator=noise, dtype=outputs.dtype)

@@ -31,6 +31,7 @@ class FunctionalModel:
         layers: its factorised layers.
         layout: what each of them holds; needed where there are layers.
         dense_leaves: parameters that each client has for itself.
+        side_by_side: whether clients' samples may go through the model side by side; else it is left to `torch.func`.
 
     Attributes:
         keys: of a client's values, in order: adapter tensors, then dense leaves.
@@ -46,6 +47,8 @@ class FunctionalModel:
         layers: Sequence[FactorisedLayer] = (),
         layout: Layout | None = None,
         dense_leaves: Sequence[str] = (),
+        *,
+        side_by_side: bool = True,
     ) -> None:
         self._module = copy.deepcopy(module).train().requires_grad_(False)
         self.layers = tuple(layers)
@@ -62,8 +65,10 @@ class FunctionalModel:
         self.step_bytes: dict[object, int] = {}
         self._names = canonical_names(self._module)
         self._own = frozenset(own.union(adapters))
-        self._is_tried = False
+        self._is_tried = not side_by_side
         _stack_parts(self._module, self._own)
+        if not side_by_side:
+            stacked.stack(self._module, self._own)
 
     def forward(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The outputs ``(batch, classes)`` of one client.
@@ -95,22 +100,20 @@ class FunctionalModel:
             if not self._can_lie_side_by_side(values, base, x):
                 stacked.stack(self._module, self._own)
             self._is_tried = True
-        return self._forward(values, base, x.flatten(0, 1), clients=len(x)).unflatten(0, (len(x), -1))
+        outputs = self._forward(values, base, x.flatten(0, 1), clients=len(x))
+        return outputs.view(*x.shape[:2], *outputs.shape[1:])
 
-    def _forward(
-        self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor, *, clients: int
-    ) -> Tensor:
+    def _forward(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor, *, clients: int) -> Tensor:
         for part in self._module.modules():
             if isinstance(part, stacked.Stacked):
                 part.clients = clients
         tensors = {name: values[key] if key in values else base[key] for name, key in self._names.items()}
         tensors |= {name: base[name] for name in self.buffers if name in base}
-        return functional_call(self._module, tensors, (x,), tie_weights=False)  # type: ignore[no-any-return]
+        outputs: Tensor = functional_call(self._module, tensors, (x,), tie_weights=False)
+        return outputs
 
     @torch.no_grad()
-    def _can_lie_side_by_side(
-        self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor
-    ) -> bool:
+    def _can_lie_side_by_side(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> bool:
         """Whether two clients with tensors near ``values`` get the outputs that each has alone."""
         noise = torch.Generator().manual_seed(0)
         two = {
@@ -193,7 +196,8 @@ class _Factorised(stacked.Stacked):
             if frozen_bias is not None:
                 y = y + frozen_bias.reshape(-1, *(1,) * (y.dim() - 2) if isinstance(self, _CONVOLUTIONS) else ())
         else:
-            y = _apply(self, self.layer, x, weight, frozen_bias)
+            here = x.contiguous(memory_format=torch.channels_last) if isinstance(self, nn.Conv2d) else x
+            y = _apply(self, self.layer, here, weight, frozen_bias)
         if bias is not None and frozen_bias is None:
             y = y + stacked.per_sample(bias, len(y), y.dim(), axis=1 if isinstance(self, _CONVOLUTIONS) else -1)
         pair = self._pair()

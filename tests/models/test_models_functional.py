@@ -11,7 +11,7 @@ from formulas import effective
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedloru_flwr.models import AdapterPlan, plan_adapter
+from fedloru_flwr.models import AdapterPlan, plan_adapter, stacked
 from fedloru_flwr.models.adapters import AdaptedModel
 from fedloru_flwr.models.functional import FunctionalModel
 from fedloru_flwr.models.layout import Layout, shapes
@@ -169,23 +169,121 @@ def test_gpt2s_transposed_layer_is_factorised_too() -> None:
 def test_every_parameter_can_be_the_clients_own(name: str) -> None:
     build, inputs = MODELS[name]
     model, x = double(build(), inputs())
-    names = [key for key, _ in model.named_parameters()]
+    assert assert_own_parameters_compute_alike(model, x, lambda name: True).base_keys == ()
+
+
+def assert_own_parameters_compute_alike(model: nn.Module, x: Tensor, is_own: Callable[[str], bool]) -> FunctionalModel:
+    """Stacked over clients, outputs and gradients are those of each client alone."""
+    state = {name: value.detach() for name, value in model.named_parameters()}
     values = {
-        key: (value + 0.1 * torch.randn(CLIENTS, *value.shape, dtype=torch.float64)).detach().requires_grad_()
-        for key, value in model.named_parameters()
+        key: (value + 0.1 * torch.randn(CLIENTS, *value.shape, dtype=torch.float64)).requires_grad_()
+        for key, value in state.items()
+        if is_own(key)
     }
-    functional = FunctionalModel(model, dense_leaves=names)
-    assert functional.base_keys == ()
-    outputs = functional.forward_clients(values, {}, x)
+    functional = FunctionalModel(model, dense_leaves=list(values))
+    outputs = functional.forward_clients(values, state, x)
     direction = torch.randn_like(outputs)
     gradients = torch.autograd.grad((outputs * direction).sum(), tuple(values.values()))
     for client in range(CLIENTS):
         own = {key: value[client].detach().requires_grad_() for key, value in values.items()}
-        expected = functional_call(model, own, (x[client],))
+        expected = functional_call(model, {**state, **own}, (x[client],))
         torch.testing.assert_close(outputs[client], expected, rtol=1e-10, atol=1e-10)
         wanted = torch.autograd.grad((expected * direction[client]).sum(), tuple(own.values()))
         for gradient, one in zip(gradients, wanted, strict=True):
             torch.testing.assert_close(gradient[client], one, rtol=1e-9, atol=1e-9)
+    return functional
+
+
+class Scale(nn.Module):
+    """A normalisation with a formula of its own, as language models have them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, power: int = 2) -> Tensor:
+        """The root mean square is one before the weight."""
+        return self.weight * x / x.abs().pow(power).mean(-1, keepdim=True).pow(1 / power)
+
+
+class Odd(nn.Module):
+    """What a layer-by-layer treatment has no form for: tensors at the top, layers' tensors used from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(6))
+        self.tokens = nn.Linear(5, 6, bias=False)
+        self.norm = Scale(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """There and back again, through one weight."""
+        return self.norm(self.tokens(x) + self.shift) @ self.tokens.weight
+
+
+class Attention(nn.Module):
+    """Self-attention, whose projections torch reads by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, length, 6)`` to the same."""
+        y, _ = self.attention(x, x, x, need_weights=False)
+        return self.norm(x + y)
+
+
+OWN = {
+    "biases of a perceptron": (lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)), "bias"),
+    "weights of a perceptron": (lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)), "weight"),
+    "a layer norm": (lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 4)), "1."),
+    "a layer norm's bias": (lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6)), "1.bias"),
+    "a norm of one's own": (lambda: nn.Sequential(nn.Linear(5, 6), Scale(6), nn.Linear(6, 4)), "1."),
+    "a weight used from outside": (Odd, "tokens"),
+    "a tensor at the top": (Odd, "shift"),
+    "all of an odd model": (Odd, ""),
+}
+
+
+@pytest.mark.parametrize(("build", "part"), OWN.values(), ids=OWN)
+def test_some_parameters_can_be_the_clients_own(build: Callable[[], nn.Module], part: str) -> None:
+    for shape in ((4, 5), (4, 3, 5)):
+        model, x = double(build(), torch.randn(CLIENTS, *shape))
+        assert_own_parameters_compute_alike(model, x, lambda name: part in name)
+
+
+@pytest.mark.parametrize("part", ["bias", "weight", "0.", "1."])
+def test_parts_of_a_convolution_and_its_norm_can_be_the_clients_own(part: str) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.GroupNorm(2, 6), nn.Tanh(), nn.MaxPool2d(2))
+
+    model, x = double(build(), torch.randn(CLIENTS, 3, 4, 7, 6))
+    assert_own_parameters_compute_alike(model, x, lambda name: part in name)
+
+
+@pytest.mark.parametrize("part", ["attention.in_proj", "out_proj", "norm", ""])
+def test_attention_can_be_the_clients_own(part: str) -> None:
+    model, x = double(Attention(), torch.randn(CLIENTS, 4, 3, 6))
+    assert_own_parameters_compute_alike(model, x, lambda name: part in name)
+
+
+def test_a_token_a_sample_can_be_looked_up_in_the_clients_own_table() -> None:
+    model, x = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 2)).double(), torch.randint(0, 9, (CLIENTS, 4))
+    assert_own_parameters_compute_alike(model, x, lambda name: name.startswith("0."))
+
+
+def test_only_odd_models_are_left_to_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = stacked.vmap
+    monkeypatch.setattr(stacked, "vmap", lambda *a, **k: calls.append(1) or original(*a, **k))
+    for build, shape, part in ((convolutions(padding=1), (4, 3, 7, 6), ""), (Attention, (4, 3, 6), "norm")):
+        model, x = double(build(), torch.randn(CLIENTS, *shape))
+        assert_own_parameters_compute_alike(model, x, lambda name, part=part: part in name)
+    assert not calls
+    model, x = double(Odd(), torch.randn(CLIENTS, 4, 5))
+    assert_own_parameters_compute_alike(model, x, lambda name: True)
+    assert calls
 
 
 def test_the_padding_row_of_no_client_gets_a_gradient() -> None:
