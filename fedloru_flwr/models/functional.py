@@ -66,6 +66,7 @@ class FunctionalModel:
         self._names = canonical_names(self._module)
         self._own = frozenset(own.union(adapters))
         self._is_tried = not side_by_side
+        self._channels_last: bool | None = None
         _stack_parts(self._module, self._own)
         if not side_by_side:
             stacked.stack(self._module, self._own)
@@ -104,13 +105,28 @@ class FunctionalModel:
         return outputs.view(*x.shape[:2], *outputs.shape[1:])
 
     def _forward(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor, *, clients: int) -> Tensor:
-        for part in self._module.modules():
-            if isinstance(part, stacked.Stacked):
-                part.clients = clients
         tensors = {name: values[key] if key in values else base[key] for name, key in self._names.items()}
         tensors |= {name: base[name] for name in self.buffers if name in base}
-        outputs: Tensor = functional_call(self._module, tensors, (x,), tie_weights=False)
+        if self._channels_last is None:
+            self._channels_last = x.dim() == 4 and self._takes_channels_last(tensors, x, clients)
+        return self._compute(tensors, x, clients, self._channels_last)
+
+    def _compute(self, tensors: Mapping[str, Tensor], x: Tensor, clients: int, channels_last: bool) -> Tensor:
+        for part in self._module.modules():
+            if isinstance(part, stacked.Stacked):
+                part.clients, part.channels_last = clients, channels_last
+        inputs = stacked.channels_last(x) if channels_last else x
+        outputs: Tensor = functional_call(self._module, dict(tensors), (inputs,), tie_weights=False)
         return outputs
+
+    @torch.no_grad()
+    def _takes_channels_last(self, tensors: Mapping[str, Tensor], x: Tensor, clients: int) -> bool:
+        """Whether the model takes images in that order; ``Tensor.view`` for one does not."""
+        try:
+            self._compute(tensors, x[: max(1, clients)], clients, channels_last=True)
+        except RuntimeError:
+            return False
+        return True
 
     @torch.no_grad()
     def _can_lie_side_by_side(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> bool:
@@ -196,7 +212,7 @@ class _Factorised(stacked.Stacked):
             if frozen_bias is not None:
                 y = y + frozen_bias.reshape(-1, *(1,) * (y.dim() - 2) if isinstance(self, _CONVOLUTIONS) else ())
         else:
-            here = x.contiguous(memory_format=torch.channels_last) if isinstance(self, nn.Conv2d) else x
+            here = stacked.channels_last(x) if self.channels_last and isinstance(self, nn.Conv2d) else x
             y = _apply(self, self.layer, here, weight, frozen_bias)
         if bias is not None and frozen_bias is None:
             y = y + stacked.per_sample(bias, len(y), y.dim(), axis=1 if isinstance(self, _CONVOLUTIONS) else -1)

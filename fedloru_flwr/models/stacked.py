@@ -23,9 +23,11 @@ class Stacked(nn.Module):
         clients: how many clients' samples the input holds and the layer's own tensors are stacked for; 0 where there
             is one client, whose tensors have no axis for it.
         own: names of the parameters that clients have for themselves.
+        channels_last: whether images are to lie in memory so; see `channels_last`.
     """
 
     clients = 0
+    channels_last = False
     own: frozenset[str] = frozenset()
 
 
@@ -164,6 +166,18 @@ def per_sample(own: Tensor, samples: int, dim: int, *, axis: int) -> Tensor:
     return each.expand(-1, samples // len(own), *each.shape[2:]).reshape(samples, *each.shape[2:])
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Images ``(batch, channels, height, width)`` with their channels side by side in memory; others as they are.
+
+    On a CPU pooling takes a tenth of the time, and convolutions with what is around them three quarters.
+    """
+    if x.dim() != 4:
+        return x
+    if x.shape[1] == 1:  # torch would take either order for the other
+        return x.reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def linear(x: Tensor, weight: Tensor, clients: int) -> Tensor:
     """``x W^T`` of ``x (clients * batch, ..., in)`` and stacked ``W (clients, out, in)``."""
     rows = x.reshape(clients, -1, x.shape[-1])
@@ -185,7 +199,8 @@ def convolution(module: nn.Conv1d | nn.Conv2d, x: Tensor, weight: Tensor, client
     compute = functional.conv1d if isinstance(module, nn.Conv1d) else functional.conv2d
     y = compute(beside, weight.flatten(0, 1), None, module.stride, padding, module.dilation, clients * module.groups)
     there = y.view(len(y), clients, -1, *y.shape[2:])[:, :, :outputs].transpose(0, 1)
-    # Channels last: pooling is ten times as fast over it on a CPU, and a product with `B` needs it so.
+    if not (isinstance(module, Stacked) and module.channels_last):
+        return there.flatten(0, 1)
     return there.movedim(2, -1).flatten(0, 1).movedim(-1, 1)
 
 

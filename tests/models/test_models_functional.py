@@ -268,6 +268,37 @@ def test_attention_can_be_the_clients_own(part: str) -> None:
     assert_own_parameters_compute_alike(model, x, lambda name: part in name)
 
 
+class Viewed(nn.Module):
+    """The network of many a tutorial, which reshapes by ``view``: of no use to images with channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.fc = nn.Linear(5 * 2 * 2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, 3, 7, 6)`` to ``(batch, 4)``."""
+        x = nn.functional.max_pool2d(torch.tanh(self.conv(x)), 2)
+        return self.fc(x.view(-1, 5 * 2 * 2))
+
+
+def test_a_network_that_views_its_images_goes_side_by_side_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacked, "vmap", None)
+    model, x = double(Viewed(), torch.randn(CLIENTS, 4, 3, 7, 6))
+    for part in ("conv", "fc", ""):
+        assert_own_parameters_compute_alike(model, x, lambda name, part=part: part in name)
+    plan = layers_of(model)
+    for layout in LAYOUTS.values():
+        values = draw(plan, layout, model)
+        functional = FunctionalModel(model, plan.layers, layout, plan.dense_leaves)
+        outputs = functional.forward_clients(values, model.state_dict(), x)
+        for client in range(CLIENTS):
+            own = {key: value[client] for key, value in values.items()}
+            expected = functional_call(model, effective(plan, layout, own, model.state_dict()), (x[client],))
+            torch.testing.assert_close(outputs[client], expected, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(functional.forward(own, model.state_dict(), x[client]), expected)
+
+
 def test_a_token_a_sample_can_be_looked_up_in_the_clients_own_table() -> None:
     model, x = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 2)).double(), torch.randint(0, 9, (CLIENTS, 4))
     assert_own_parameters_compute_alike(model, x, lambda name: name.startswith("0."))
