@@ -138,6 +138,11 @@ class RunConfig:
     batched: bool = _setting(True, "train clients as one batch where the engine can (in-process, or on hosts)")
     clients_per_batch: int = _setting(25, "clients of such a batch at most", low=1)
     device: str = _setting("auto", "where clients train", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = _setting(
+        "float32",
+        "what training computes in; with bfloat16 weights, gradients and messages stay float32",
+        choices=("float32", "bfloat16"),
+    )
     output_dir: str = _setting("runs", "where run directories go")
     run_name: str = _setting("", "the run's directory; empty is a time stamp")
     checkpoint_every: int = _setting(10, "rounds between checkpoints", low=1)

@@ -117,4 +117,5 @@ def local_optimisation(config: RunConfig, server_round: int) -> LocalOptimisatio
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        precision=config.precision,
     )

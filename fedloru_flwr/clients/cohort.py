@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -243,7 +244,8 @@ class _Group:
                 trained = {key: here.pop(key).requires_grad_() for key in phase.keys}
                 frozen = here
             index, weight = plan.index[step, :count, :width], plan.weight[step, :count, :width]
-            outputs = self._model.forward_clients({**frozen, **trained}, self._shared, self._inputs[index])
+            forward = partial(self._model.forward_clients, {**frozen, **trained}, self._shared, self._inputs[index])
+            outputs = self._how.outputs(forward, self._device)
             each = functional.cross_entropy(outputs.flatten(0, 1), self._labels[index].flatten(), reduction="none")
             means = (each.view(count, width) * weight).sum(1)
             for value in trained.values():

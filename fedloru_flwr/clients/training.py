@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ class LocalOptimisation:
         momentum: SGD's momentum, AdamW's first beta.
         weight_decay: of the trained parameters.
         max_grad_norm: the gradient's norm is clipped to it; 0: not clipped.
+        precision: ``"float32"``, or ``"bfloat16"`` for mixed precision: products and convolutions of the forward and
+            backward passes are computed in it, weights, gradients, losses and optimiser states stay as they are.
     """
 
     epochs: int
@@ -32,6 +35,14 @@ class LocalOptimisation:
     momentum: float
     weight_decay: float
     max_grad_norm: float
+    precision: str = "float32"
+
+    def outputs(self, forward: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """What ``forward`` gives, computed in `precision` and returned in at least float32 where that is lower."""
+        if self.precision == "float32":
+            return forward()
+        with torch.autocast(device.type, torch.bfloat16):
+            return forward().float()
 
 
 def choose_device(name: str) -> torch.device:
@@ -92,7 +103,8 @@ def train_locally(
         total.zero_()
         for indices in batches(len(samples), how.batch_size, generator, no_single=no_single):
             chosen = indices.to(device)
-            loss = functional.cross_entropy(model(inputs[chosen]), labels[chosen])
+            outputs = how.outputs(partial(model, inputs[chosen]), device)
+            loss = functional.cross_entropy(outputs, labels[chosen])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]  # torch's is untyped
             if how.max_grad_norm > 0:

@@ -181,7 +181,9 @@ def channels_last(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, clients: int) -> Tensor:
     """``x W^T`` of ``x (clients * batch, ..., in)`` and stacked ``W (clients, out, in)``."""
     rows = x.reshape(clients, -1, x.shape[-1])
-    y: Tensor = _Product.apply(rows, weight)  # type: ignore[no-untyped-call]  # torch's is untyped
+    # Autocast has no say within a function's backward pass, so there torch's own is used.
+    is_mixed = torch.is_autocast_enabled(x.device.type)
+    y: Tensor = rows @ weight.mT if is_mixed else _Product.apply(rows, weight)  # type: ignore[no-untyped-call]
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 

@@ -174,6 +174,30 @@ def test_it_is_what_each_client_does_by_itself(name, optimisation, full, dtype):
         assert result.silent == ()
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv", "tokens"])
+def test_mixed_precision_is_near_and_keeps_everything_in_float32(name):
+    model, plan, shape = build(name)
+    functional, base = cohort_of(model, plan)
+    adapted = AdaptedModel(copy.deepcopy(model), plan)
+    tasks = tasks_of(adapted.read_trainables(), shape)
+    exact, mixed = how(learning_rate=0.05), how(learning_rate=0.05, precision="bfloat16")
+    expected = train_cohort(functional, base, tasks, exact, CPU)
+    together = train_cohort(functional, base, tasks, mixed, CPU)
+    alone_ = train_cohort(functional, base, tasks, mixed, CPU, max_bytes=1)
+    for task, *results in zip(tasks, expected, together, alone_, strict=True):
+        adapted.write_trainables(task.values)
+        order = torch.Generator().manual_seed(task.seed)
+        loss = train_locally(adapted.module, task.samples, mixed, order, CPU)
+        by_peft = adapted.read_trainables()
+        for key, value in results[0].values.items():
+            moved = (value - task.values[key]).norm()
+            for other in (results[1].values[key], results[2].values[key], by_peft[key]):
+                assert other.dtype == torch.float32
+                assert (other - value).norm() <= 0.1 * moved + 1e-6, key
+        assert any(not torch.equal(results[0].values[key], results[1].values[key]) for key in task.values)
+        assert [one.loss for one in results] == pytest.approx([loss] * 3, rel=0.06)
+
+
 def alone(model, plan, layout, base, task, optimisation):
     """One client by itself: values, loss and mean gradients."""
     values = {key: value.clone() for key, value in task.values.items()}
