@@ -266,16 +266,18 @@ def lent_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     Raises:
         WireError: if an array does not parse.
     """
-    tensors = {}
-    for name, array in record.items():
-        plain = array.stype == "numpy.ndarray" and isinstance(array.data, bytes)
-        head = _read_head(array.data[:_HEAD_BYTES]) if plain else None
-        if head is not None and len(array.data) == head.end:
-            flat = torch.frombuffer(array.data, dtype=head.dtype, offset=_HEAD_BYTES)
-            tensors[name] = flat if len(head.shape) == 1 else flat.view(head.shape)
-            continue
-        tensors[name] = _parse(array)
-    return tensors
+    return {name: _parse(array) if (lent := _lent(array)) is None else lent for name, array in record.items()}
+
+
+def _lent(array: Array) -> Tensor | None:
+    """An array that lies in the message's bytes as torch can read it; None if it does not."""
+    if array.stype != "numpy.ndarray" or not isinstance(array.data, bytes):
+        return None
+    head = _read_head(array.data[:_HEAD_BYTES])
+    if head is None or len(array.data) != head.end:
+        return None
+    flat = torch.frombuffer(array.data, dtype=head.dtype, offset=_HEAD_BYTES)
+    return flat if len(head.shape) == 1 else flat.view(head.shape)
 
 
 def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
@@ -284,7 +286,9 @@ def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     Raises:
         WireError: if an array does not parse.
     """
-    return {name: _parse(array) for name, array in record.items()}
+    return {
+        name: _parse(array) if (lent := _lent(array)) is None else lent.clone() for name, array in record.items()
+    }
 
 
 def _parse(array: Array) -> Tensor:
@@ -560,7 +564,7 @@ def make_reply(
     )
 
 
-def _reply_records(reply: Reply, arrays: ArrayRecord | None, arrays_key: str, config_key: str) -> RecordDict:
+def _reply_header(reply: Reply) -> str:
     header: dict[str, Any] = {
         "protocol": PROTOCOL_VERSION,
         "client": reply.client,
@@ -571,11 +575,16 @@ def _reply_records(reply: Reply, arrays: ArrayRecord | None, arrays_key: str, co
         header["silent"] = list(reply.silent_layers)
     if reply.lost_state:
         header["lost-state"] = True
-    config = ConfigRecord({HEADER: json.dumps(header, separators=(",", ":"))})
-    if reply.statistics:
-        config[STATISTICS] = _to_bytes(reply.statistics)
-    if reply.extras:
-        config[EXTRAS] = _to_bytes(reply.extras)
+    return json.dumps(header, separators=(",", ":"))
+
+
+def _attached(reply: Reply) -> dict[str, dict[str, Tensor]]:
+    """The tensors that travel as bytes in the ConfigRecord, by their keys there."""
+    return {key: of for key, of in ((STATISTICS, reply.statistics), (EXTRAS, reply.extras)) if of}
+
+
+def _reply_records(reply: Reply, arrays: ArrayRecord | None, arrays_key: str, config_key: str) -> RecordDict:
+    config = ConfigRecord({HEADER: _reply_header(reply), **{key: _to_bytes(of) for key, of in _attached(reply).items()}})
     records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
     if arrays is not None:
         records[arrays_key] = arrays
@@ -641,17 +650,58 @@ class ReadyReply(Message):
         """
         if self._size is not None:
             return self._size
-        arrays, known = None, {}
+        reply = self.reply
+        arrays, known = None, 0
         if self.trained:
-            found = _stand_in(tuple((name, t.shape, t.dtype) for name, t in self.reply.tensors.items()))
-            if found is None or _any_equal(self.reply.tensors):
-                arrays = to_record(self.reply.tensors)
-            else:
-                arrays, size = found
-                known = {id(arrays): size}
-        content = _reply_records(self.reply, arrays, self.arrays_key, self.config_key)
-        self._size = content_bytes(content, known), extras_bytes(content)
+            found = _stand_in(tuple((name, t.shape, t.dtype) for name, t in reply.tensors.items()))
+            if found is None or _any_equal(reply.tensors):
+                content = _reply_records(reply, to_record(reply.tensors), self.arrays_key, self.config_key)
+                self._size = content_bytes(content), extras_bytes(content)
+                return self._size
+            arrays, known = found
+        attached = {key: len(_to_bytes(of)) for key, of in _attached(reply).items()}
+        own = _size_beside_arrays(
+            None if arrays is None else self.arrays_key,
+            self.config_key,
+            tuple((name, type(value), _like(value)) for name, value in reply.metrics.items()),
+            len(_reply_header(reply)),
+            tuple(attached.items()),
+        )
+        self._size = own + known, attached.get(EXTRAS, 0)
         return self._size
+
+
+def _like(value: Any) -> Any:
+    """What stands for a metric where only its size counts: every float has the same, an integer has its own."""
+    if isinstance(value, list):
+        return tuple(_like(one) for one in value)
+    return 0.5 if isinstance(value, float) else value
+
+
+@lru_cache(4096)
+def _size_beside_arrays(
+    arrays_key: str | None,
+    config_key: str,
+    metrics: tuple[tuple[str, type, Any], ...],
+    header: int,
+    attached: tuple[tuple[str, int], ...],
+) -> int:
+    """The bytes of a reply's content, as `content_bytes` counts them, without those of its arrays.
+
+    They follow from names and lengths: the records in it refer to each other by digests of one length.
+
+    Args:
+        arrays_key: the name of its ArrayRecord; None if it has none.
+        config_key: the name of its ConfigRecord.
+        metrics: by name a type and a value of the same size.
+        header: the header's length.
+        attached: the lengths of what is attached as bytes, by name.
+    """
+    config = ConfigRecord({HEADER: " " * header, **{name: bytes(length) for name, length in attached}})
+    said = MetricRecord({name: list(like) if isinstance(like, tuple) else like for name, _, like in metrics})
+    arrays: dict[str, ArrayRecord] = {} if arrays_key is None else {arrays_key: ArrayRecord()}
+    content = RecordDict({**arrays, METRICS: said, config_key: config})
+    return content_bytes(content, dict.fromkeys(map(id, arrays.values()), 0))
 
 
 _CHUNK = 4 * 2**20  # above it, Flower sends an array in parts, of which equal ones are sent once
