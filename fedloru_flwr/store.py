@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,6 +25,18 @@ from fedloru_flwr.lowrank import Entry, digest_tensors
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DEFAULT_BYTES = 4 * 2**30
 _STATES_KEPT_SECONDS = 30 * 24 * 3600.0
+
+
+class Holdings(NamedTuple):
+    """What is noted of a client, of the models that descend from one root.
+
+    Attributes:
+        lineage: what it holds; None where nothing is noted.
+        base: the lineage of the base that it was last sent, on which it stacks entries; the root if none was.
+    """
+
+    lineage: str | None
+    base: str
 
 
 def default_store() -> "Store":
@@ -123,35 +136,26 @@ class Store:
             return None
         return entry if entry.digest == digest else None
 
-    def _holdings(self, root: str, client: str) -> Path:
+    def _holdings(self, root: str, client: str) -> str:
         name = hashlib.sha256(f"{root}\x1f{client}".encode()).hexdigest()
-        return self.path / "clients" / f"{name}.txt"
+        return f"{self.path}/clients/{name}.txt"
 
-    def held(self, root: str, client: str) -> str | None:
-        """The lineage that ``client`` holds of the models that descend from ``root``, or None."""
-        lineage, _ = self._noted(root, client)
-        return lineage
-
-    def client_base(self, root: str, client: str) -> str:
-        """The lineage of the base that ``client`` was last sent, on which it stacks entries; ``root`` if none was."""
-        _, base = self._noted(root, client)
-        return base or root
-
-    def _noted(self, root: str, client: str) -> tuple[str | None, str | None]:
+    def holdings(self, root: str, client: str) -> Holdings:
+        """What ``client`` holds of the models that descend from ``root``."""
         try:
-            words = self._holdings(root, client).read_text().split()
+            with open(self._holdings(root, client), encoding="ascii") as file:
+                words = file.read().split()
         except (OSError, ValueError):
-            return None, None
+            return Holdings(None, root)
         if len(words) != 2 or not all(_DIGEST.fullmatch(word) for word in words):
-            return None, None
-        return words[0], words[1]
+            return Holdings(None, root)
+        return Holdings(words[0], words[1])
 
-    def set_held(self, root: str, client: str, lineage: str, base: str) -> None:
+    def set_holdings(self, root: str, client: str, holdings: Holdings) -> None:
         """Note what ``client`` holds now, and the base it has it from."""
-        if self._noted(root, client) != (lineage, base):
-            path = self._holdings(root, client)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_text(path, f"{lineage} {base}\n", durable=False)
+        path = Path(self._holdings(root, client))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(path, f"{holdings.lineage} {holdings.base}\n", durable=False)
 
     def _states(self, run: str, client: str) -> Path:
         return self.path / "states" / hashlib.sha256(f"{run}\x1f{client}".encode()).hexdigest()

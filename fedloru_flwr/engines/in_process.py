@@ -5,6 +5,7 @@
     run_in_process(server_app, client_app, num_supernodes=100, run_config={"learning-rate": 0.1})
 """
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,6 @@ from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -58,11 +58,14 @@ class VirtualGrid(Grid):
         return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
 
 
+_ids = itertools.count(1)
+
+
 def named(messages: Iterable[Message]) -> list[Message]:
-    """The messages, each with an id of its own."""
+    """The messages, each with an id of its own in this process."""
     messages = list(messages)
     for message in messages:
-        message.metadata.__dict__["_message_id"] = str(uuid4())
+        message.metadata.__dict__["_message_id"] = str(next(_ids))
     return messages
 
 
