@@ -201,7 +201,7 @@ class Answer:
 
 def is_frozen(key: str, half: Half) -> bool:
     """Whether a value is of the half of a pair that is not trained."""
-    return key.endswith({"both": "\0", "a": ".lora_B", "b": ".lora_A"}[half])
+    return half != "both" and key.endswith(".lora_B" if half == "a" else ".lora_A")
 
 
 def content_bytes(content: RecordDict | ArrayRecord, known: Mapping[int, int] | None = None) -> int:

@@ -138,8 +138,9 @@ def single_thread() -> Iterator[None]:
 
 def has_product(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> bool:
     """Whether the adapter says what this layer gains."""
-    keys = ((layer.delta_key,), layer.hadamard_keys, (layer.a_key, layer.b_key))
-    return any(all(key in adapter for key in of) for of in keys)
+    if layer.a_key in adapter and layer.b_key in adapter:
+        return True
+    return layer.delta_key in adapter or all(key in adapter for key in layer.hadamard_keys)
 
 
 def rank_bound(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> int:
