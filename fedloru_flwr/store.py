@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +46,14 @@ def default_store() -> "Store":
     Flower's home is ``$FLWR_HOME`` or ``~/.flwr``.
     """
     if explicit := os.environ.get("FEDLORU_STORE"):
-        return Store(Path(explicit), durable=False)
+        return _shared_store(explicit)
     home = os.environ.get("FLWR_HOME")
     return Store((Path(home) if home else Path.home() / ".flwr") / "fedloru")
+
+
+@lru_cache(maxsize=8)
+def _shared_store(path: str) -> "Store":
+    return Store(Path(path), durable=False)
 
 
 class Store:

@@ -598,6 +598,8 @@ def _metric(name: str, value: object) -> int | float | list[int] | list[float]:
 
 
 def _number(name: str, value: object) -> int | float:
+    if type(value) is int or type(value) is float:
+        return value
     if isinstance(value, torch.Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1:
         value = value.item()
     if isinstance(value, numbers.Integral):

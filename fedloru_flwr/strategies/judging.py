@@ -11,6 +11,7 @@ import torch
 from flwr.app import Message
 from flwr.serverapp.exception import AggregationError
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from fedloru_flwr import wire
 
@@ -154,22 +155,23 @@ def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     count = 0
     for tensor in tensors:
         size = tensor.numel()
-        if count + size > _PIECE:
-            if waiting:
-                yield _joined(waiting)
+        if count + size > _PIECE and waiting:
+            yield _joined(waiting)
             waiting, count = [], 0
-        flat = tensor.reshape(-1)
         if size > _PIECE:
-            yield from flat.split(_PIECE)
-        elif size:
-            waiting.append(flat)
+            yield from torch.split(tensor.reshape(-1), _PIECE)
+        else:
+            waiting.append(tensor)
             count += size
-    if waiting:
+    if count:
         yield _joined(waiting)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]  # torch's; the same in one call
+    return flat
 
 
 def is_finite(tensor: Tensor) -> bool:
