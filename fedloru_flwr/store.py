@@ -142,15 +142,14 @@ class Store:
             return None
         return entry if entry.digest == digest else None
 
-    def _holdings(self, root: str, client: str) -> str:
+    def _holdings(self, root: str, client: str) -> Path:
         name = hashlib.sha256(f"{root}\x1f{client}".encode()).hexdigest()
-        return f"{self.path}/clients/{name}.txt"
+        return self.path / "clients" / f"{name}.txt"
 
     def holdings(self, root: str, client: str) -> Holdings:
         """What ``client`` holds of the models that descend from ``root``."""
         try:
-            with open(self._holdings(root, client), encoding="ascii") as file:
-                words = file.read().split()
+            words = self._holdings(root, client).read_text().split()
         except (OSError, ValueError):
             return Holdings(None, root)
         if len(words) != 2 or not all(_DIGEST.fullmatch(word) for word in words):
@@ -159,7 +158,7 @@ class Store:
 
     def set_holdings(self, root: str, client: str, holdings: Holdings) -> None:
         """Note what ``client`` holds now, and the base it has it from."""
-        path = Path(self._holdings(root, client))
+        path = self._holdings(root, client)
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, f"{holdings.lineage} {holdings.base}\n", durable=False)
 

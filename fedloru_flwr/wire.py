@@ -305,9 +305,7 @@ def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     Raises:
         WireError: if an array does not parse.
     """
-    return {
-        name: _parse(array) if (lent := _lent(array)) is None else lent.clone() for name, array in record.items()
-    }
+    return {name: _parse(array) if (lent := _lent(array)) is None else lent.clone() for name, array in record.items()}
 
 
 def _parse(array: Array) -> Tensor:
@@ -603,7 +601,8 @@ def _attached(reply: Reply) -> dict[str, dict[str, Tensor]]:
 
 
 def _reply_records(reply: Reply, arrays: ArrayRecord | None, arrays_key: str, config_key: str) -> RecordDict:
-    config = ConfigRecord({HEADER: _reply_header(reply), **{key: _to_bytes(of) for key, of in _attached(reply).items()}})
+    attached = {key: _to_bytes(of) for key, of in _attached(reply).items()}
+    config = ConfigRecord({HEADER: _reply_header(reply), **attached})
     records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
     if arrays is not None:
         records[arrays_key] = arrays

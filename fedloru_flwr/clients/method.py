@@ -68,7 +68,9 @@ class ClientMethod:
     def trained(self, site: Site) -> tuple[str, ...]:
         """What is trained, and sent, in the order of the Trainables."""
         keys = site.plan.trainable_keys
-        return keys if site.work.half == "both" else tuple(key for key in keys if not wire.is_frozen(key, site.work.half))
+        return (
+            keys if site.work.half == "both" else tuple(key for key in keys if not wire.is_frozen(key, site.work.half))
+        )
 
     def phases(self, site: Site, epochs: int) -> tuple[Phase, ...]:
         """The stretches of training, the first of them of the global model."""

@@ -43,7 +43,7 @@ class SmallCNN(nn.Module):
 
 
 def _halved(x: Tensor) -> Tensor:
-    """``max_pool2d(x, 2)``; where no gradient is wanted, from maxima of whole slices, several times as fast on a CPU."""
+    """``max_pool2d(x, 2)``; without gradients from maxima of whole slices, which a CPU forms several times as fast."""
     if torch.is_grad_enabled() or x.device.type != "cpu":
         return functional.max_pool2d(x, 2)
     height, width = (size // 2 * 2 for size in x.shape[-2:])
