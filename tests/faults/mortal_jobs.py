@@ -62,7 +62,7 @@ class Doors:
         from fedloru_flwr.strategies import FederatedStrategy, federated
         from fedloru_flwr.strategies.inner import InnerStrategy
 
-        self.around(grid, "push_messages", "sending")
+        self.around(grid, "_handle", "sending")
         self.around(together, "train_cohort", "sending")
         self.around(InnerStrategy, "aggregate_train", "aggregating")
         self.around(federated, "step", "accumulating", lambda *_, accumulate_now, **__: accumulate_now)
