@@ -15,10 +15,11 @@ from fedloru_flwr.clients.session import LowRankSession
 from fedloru_flwr.clients.together import Request, Together
 from fedloru_flwr.clients.training import choose_device, evaluate, train_locally
 from fedloru_flwr.config import RunConfig
-from fedloru_flwr.data import ClientData
+from fedloru_flwr.data import ClientData, DataSpec
 from fedloru_flwr.engines.in_process import answers, client_context, handle
+from fedloru_flwr.models import NetworkFactory
 from fedloru_flwr.packets import ACTION, Packet, pack_replies, unpack_orders
-from fedloru_flwr.workload import client_data, local_optimisation, network_factory
+from fedloru_flwr.workload import client_data, data_config, local_optimisation, network_factory
 
 app = ClientApp()
 
@@ -89,10 +90,13 @@ def train_or_evaluate_together(requests: list[tuple[Message, Context]]) -> list[
     server_round = wire.template_round(requests[0][0].content)  # the orders are parsed once, by whom they are for
     answers: list[Message | Exception | None] = [None] * len(requests)
     whole: dict[int, Request] = {}
+    of_run, factories = data_config(config), dict[DataSpec, NetworkFactory]()
     for index, (message, context) in enumerate(requests):
         try:
-            data, spec = client_data(config, context)
-            whole[index] = Request(message, context, network_factory(config, spec), data)
+            data, spec = client_data(of_run, context)
+            if spec not in factories:
+                factories[spec] = network_factory(config, spec)
+            whole[index] = Request(message, context, factories[spec], data)
         except Exception as error:  # this client's alone
             answers[index] = error
     how, device = local_optimisation(config, server_round), choose_device(config.device)
@@ -141,5 +145,5 @@ def _begin(message: Message, context: Context) -> tuple[RunConfig, ClientData, L
     """What training and evaluation have in common: settings, data, and the model brought up to date."""
     config = RunConfig.from_mapping(context.run_config)
     torch.set_num_threads(config.threads)
-    data, spec = client_data(config, context)
+    data, spec = client_data(data_config(config), context)
     return config, data, LowRankSession(network_factory(config, spec), message, context)

@@ -14,7 +14,9 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -26,15 +28,32 @@ _DEFAULT_BYTES = 4 * 2**30
 _STATES_KEPT_SECONDS = 30 * 24 * 3600.0
 
 
+class Holdings(NamedTuple):
+    """What is noted of a client, of the models that descend from one root.
+
+    Attributes:
+        lineage: what it holds; None where nothing is noted.
+        base: the lineage of the base that it was last sent, on which it stacks entries; the root if none was.
+    """
+
+    lineage: str | None
+    base: str
+
+
 def default_store() -> "Store":
     """A store in ``$FEDLORU_STORE``, as simulations have it; else in ``fedloru`` in Flower's home, and durable.
 
     Flower's home is ``$FLWR_HOME`` or ``~/.flwr``.
     """
     if explicit := os.environ.get("FEDLORU_STORE"):
-        return Store(Path(explicit), durable=False)
+        return _shared_store(explicit)
     home = os.environ.get("FLWR_HOME")
     return Store((Path(home) if home else Path.home() / ".flwr") / "fedloru")
+
+
+@lru_cache(maxsize=8)
+def _shared_store(path: str) -> "Store":
+    return Store(Path(path), durable=False)
 
 
 class Store:
@@ -127,31 +146,21 @@ class Store:
         name = hashlib.sha256(f"{root}\x1f{client}".encode()).hexdigest()
         return self.path / "clients" / f"{name}.txt"
 
-    def held(self, root: str, client: str) -> str | None:
-        """The lineage that ``client`` holds of the models that descend from ``root``, or None."""
-        lineage, _ = self._noted(root, client)
-        return lineage
-
-    def client_base(self, root: str, client: str) -> str:
-        """The lineage of the base that ``client`` was last sent, on which it stacks entries; ``root`` if none was."""
-        _, base = self._noted(root, client)
-        return base or root
-
-    def _noted(self, root: str, client: str) -> tuple[str | None, str | None]:
+    def holdings(self, root: str, client: str) -> Holdings:
+        """What ``client`` holds of the models that descend from ``root``."""
         try:
             words = self._holdings(root, client).read_text().split()
         except (OSError, ValueError):
-            return None, None
+            return Holdings(None, root)
         if len(words) != 2 or not all(_DIGEST.fullmatch(word) for word in words):
-            return None, None
-        return words[0], words[1]
+            return Holdings(None, root)
+        return Holdings(words[0], words[1])
 
-    def set_held(self, root: str, client: str, lineage: str, base: str) -> None:
+    def set_holdings(self, root: str, client: str, holdings: Holdings) -> None:
         """Note what ``client`` holds now, and the base it has it from."""
-        if self._noted(root, client) != (lineage, base):
-            path = self._holdings(root, client)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_text(path, f"{lineage} {base}\n", durable=False)
+        path = self._holdings(root, client)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(path, f"{holdings.lineage} {holdings.base}\n", durable=False)
 
     def _states(self, run: str, client: str) -> Path:
         return self.path / "states" / hashlib.sha256(f"{run}\x1f{client}".encode()).hexdigest()

@@ -12,6 +12,7 @@ cannot or need not train gives an **answer** instead: a line of text, in a Confi
 reply (an exception is the only way out of a user's function).
 """
 
+import io
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
@@ -201,7 +203,7 @@ class Answer:
 
 def is_frozen(key: str, half: Half) -> bool:
     """Whether a value is of the half of a pair that is not trained."""
-    return key.endswith({"both": "\0", "a": ".lora_B", "b": ".lora_A"}[half])
+    return half != "both" and key.endswith(".lora_B" if half == "a" else ".lora_A")
 
 
 def content_bytes(content: RecordDict | ArrayRecord, known: Mapping[int, int] | None = None) -> int:
@@ -227,7 +229,24 @@ def content_bytes(content: RecordDict | ArrayRecord, known: Mapping[int, int] | 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Pack tensors, keeping their order; bfloat16, which NumPy lacks, as the 16-bit integers of the same bits."""
-    return ArrayRecord({name: t.view(torch.int16) if t.dtype == torch.bfloat16 else t for name, t in tensors.items()})
+    return ArrayRecord({name: _to_array(tensor) for name, tensor in tensors.items()})
+
+
+def _to_array(tensor: Tensor) -> Array:
+    """As Flower makes it, but that an array's head is not formatted anew every time."""
+    tensor = tensor.detach().cpu().contiguous()
+    values = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    data = b"".join([_write_head(values.shape, values.dtype), values.data])
+    return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
+
+
+@lru_cache(4096)
+def _write_head(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """What `numpy.save` writes before an array's numbers."""
+    head = io.BytesIO()
+    about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, about)
+    return head.getvalue()
 
 
 _PLAIN_ARRAY = re.compile(
@@ -266,16 +285,18 @@ def lent_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     Raises:
         WireError: if an array does not parse.
     """
-    tensors = {}
-    for name, array in record.items():
-        plain = array.stype == "numpy.ndarray" and isinstance(array.data, bytes)
-        head = _read_head(array.data[:_HEAD_BYTES]) if plain else None
-        if head is not None and len(array.data) == head.end:
-            flat = torch.frombuffer(array.data, dtype=head.dtype, offset=_HEAD_BYTES)
-            tensors[name] = flat if len(head.shape) == 1 else flat.view(head.shape)
-            continue
-        tensors[name] = _parse(array)
-    return tensors
+    return {name: _parse(array) if (lent := _lent(array)) is None else lent for name, array in record.items()}
+
+
+def _lent(array: Array) -> Tensor | None:
+    """An array that lies in the message's bytes as torch can read it; None if it does not."""
+    if array.stype != "numpy.ndarray" or not isinstance(array.data, bytes):
+        return None
+    head = _read_head(array.data[:_HEAD_BYTES])
+    if head is None or len(array.data) != head.end:
+        return None
+    flat = torch.frombuffer(array.data, dtype=head.dtype, offset=_HEAD_BYTES)
+    return flat if len(head.shape) == 1 else flat.view(head.shape)
 
 
 def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
@@ -284,7 +305,7 @@ def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     Raises:
         WireError: if an array does not parse.
     """
-    return {name: _parse(array) for name, array in record.items()}
+    return {name: _parse(array) if (lent := _lent(array)) is None else lent.clone() for name, array in record.items()}
 
 
 def _parse(array: Array) -> Tensor:
@@ -560,7 +581,7 @@ def make_reply(
     )
 
 
-def _reply_records(reply: Reply, arrays: ArrayRecord | None, arrays_key: str, config_key: str) -> RecordDict:
+def _reply_header(reply: Reply) -> str:
     header: dict[str, Any] = {
         "protocol": PROTOCOL_VERSION,
         "client": reply.client,
@@ -571,11 +592,17 @@ def _reply_records(reply: Reply, arrays: ArrayRecord | None, arrays_key: str, co
         header["silent"] = list(reply.silent_layers)
     if reply.lost_state:
         header["lost-state"] = True
-    config = ConfigRecord({HEADER: json.dumps(header, separators=(",", ":"))})
-    if reply.statistics:
-        config[STATISTICS] = _to_bytes(reply.statistics)
-    if reply.extras:
-        config[EXTRAS] = _to_bytes(reply.extras)
+    return json.dumps(header, separators=(",", ":"))
+
+
+def _attached(reply: Reply) -> dict[str, dict[str, Tensor]]:
+    """The tensors that travel as bytes in the ConfigRecord, by their keys there."""
+    return {key: of for key, of in ((STATISTICS, reply.statistics), (EXTRAS, reply.extras)) if of}
+
+
+def _reply_records(reply: Reply, arrays: ArrayRecord | None, arrays_key: str, config_key: str) -> RecordDict:
+    attached = {key: _to_bytes(of) for key, of in _attached(reply).items()}
+    config = ConfigRecord({HEADER: _reply_header(reply), **attached})
     records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
     if arrays is not None:
         records[arrays_key] = arrays
@@ -641,42 +668,85 @@ class ReadyReply(Message):
         """
         if self._size is not None:
             return self._size
-        arrays, known = None, {}
+        reply, arrays = self.reply, 0
         if self.trained:
-            found = _stand_in(tuple((name, t.shape, t.dtype) for name, t in self.reply.tensors.items()))
-            if found is None or _any_equal(self.reply.tensors):
-                arrays = to_record(self.reply.tensors)
-            else:
-                arrays, size = found
-                known = {id(arrays): size}
-        content = _reply_records(self.reply, arrays, self.arrays_key, self.config_key)
-        self._size = content_bytes(content, known), extras_bytes(content)
+            known = _size_of_arrays(tuple((name, t.shape, t.dtype) for name, t in reply.tensors.items()))
+            if known is None or _any_equal(reply.tensors, known.alike):
+                content = _reply_records(reply, to_record(reply.tensors), self.arrays_key, self.config_key)
+                self._size = content_bytes(content), extras_bytes(content)
+                return self._size
+            arrays = known.size
+        attached = {key: len(_to_bytes(of)) for key, of in _attached(reply).items()}
+        own = _size_beside_arrays(
+            self.arrays_key if self.trained else None,
+            self.config_key,
+            tuple((name, type(value), _like(value)) for name, value in reply.metrics.items()),
+            len(_reply_header(reply)),
+            tuple(attached.items()),
+        )
+        self._size = own + arrays, attached.get(EXTRAS, 0)
         return self._size
+
+
+def _like(value: Any) -> Any:
+    """What stands for a metric where only its size counts: every float has the same, an integer has its own."""
+    if isinstance(value, list):
+        return tuple(_like(one) for one in value)
+    return 0.5 if isinstance(value, float) else value
+
+
+@lru_cache(4096)
+def _size_beside_arrays(
+    arrays_key: str | None,
+    config_key: str,
+    metrics: tuple[tuple[str, type, Any], ...],
+    header: int,
+    attached: tuple[tuple[str, int], ...],
+) -> int:
+    """The bytes of a reply's content, as `content_bytes` counts them, without those of its arrays.
+
+    They follow from names and lengths: the records in it refer to each other by digests of one length.
+
+    Args:
+        arrays_key: the name of its ArrayRecord; None if it has none.
+        config_key: the name of its ConfigRecord.
+        metrics: by name a type and a value of the same size.
+        header: the header's length.
+        attached: the lengths of what is attached as bytes, by name.
+    """
+    config = ConfigRecord({HEADER: " " * header, **{name: bytes(length) for name, length in attached}})
+    said = MetricRecord({name: list(like) if isinstance(like, tuple) else like for name, _, like in metrics})
+    arrays: dict[str, ArrayRecord] = {} if arrays_key is None else {arrays_key: ArrayRecord()}
+    content = RecordDict({**arrays, METRICS: said, config_key: config})
+    return content_bytes(content, dict.fromkeys(map(id, arrays.values()), 0))
 
 
 _CHUNK = 4 * 2**20  # above it, Flower sends an array in parts, of which equal ones are sent once
 
 
+class _ArraysSize(NamedTuple):
+    """The bytes of an ArrayRecord whose arrays all differ, and the names of those that might not: of equal form."""
+
+    size: int
+    alike: tuple[tuple[str, ...], ...]
+
+
 @lru_cache(64)
-def _stand_in(like: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> tuple[ArrayRecord, int] | None:
-    """Arrays, all different, of these names, shapes and dtypes, and their bytes; None where these do not tell them."""
+def _size_of_arrays(like: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> _ArraysSize | None:
+    """What follows from names, shapes and dtypes; None where these do not tell the size."""
     if not all(dtype.is_floating_point and 0 < shape.numel() * 8 < _CHUNK for _, shape, dtype in like):
         return None
     tensors = {name: torch.full(shape, float(i), dtype=dtype) for i, (name, shape, dtype) in enumerate(like)}
-    arrays = to_record(tensors)
-    return arrays, content_bytes(arrays)
+    alike: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
+    for name, shape, dtype in like:
+        alike.setdefault((shape, dtype), []).append(name)
+    several = tuple(tuple(names) for names in alike.values() if len(names) > 1)
+    return _ArraysSize(content_bytes(to_record(tensors)), several)
 
 
-def _any_equal(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether two of them are the same, bit for bit."""
-    alike: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors.values():
-        alike.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
-    return any(
-        len({tensor.detach().cpu().numpy().tobytes() for tensor in same}) < len(same)
-        for same in alike.values()
-        if len(same) > 1
-    )
+def _any_equal(tensors: Mapping[str, Tensor], alike: Sequence[Sequence[str]]) -> bool:
+    """Whether two tensors of one of these groups are the same, bit for bit."""
+    return any(len({tensors[name].detach().cpu().numpy().tobytes() for name in names}) < len(names) for names in alike)
 
 
 def size_of(message: Message) -> tuple[int, int]:

@@ -54,21 +54,25 @@ def server_data(config: RunConfig) -> tuple[Samples | None, DataSpec]:
     return load_central(data_config(config))
 
 
-def client_data(config: RunConfig, context: Context) -> tuple[ClientData, DataSpec]:
+def client_data(config: DataConfig, context: Context) -> tuple[ClientData, DataSpec]:
     """The data of the client at hand: its own where its node config has a ``data-path``, else its partition.
+
+    Args:
+        config: the run's, see `data_config`.
+        context: the client's.
 
     Raises:
         DataError: if there is neither.
     """
     if own := context.node_config.get("data-path"):
-        return load_own(str(own), data_config(config))
+        return load_own(str(own), config)
     partition_id = context.node_config.get("partition-id")
     if not isinstance(partition_id, int) or config.dataset == "clients":
         raise DataError(
             "this client has no data: start its SuperNode with --node-config 'data-path=\"...\"' for data of its own, "
             "or with partition-id for a share of the run's dataset"
         )
-    return load_client(data_config(config), partition_id)
+    return load_client(config, partition_id)
 
 
 def network_factory(config: RunConfig, spec: DataSpec) -> NetworkFactory:

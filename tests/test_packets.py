@@ -164,6 +164,34 @@ def test_errors_and_other_contents_are_passed_on(order):
     assert got[2].error.reason.startswith("Flower cannot send its reply")
 
 
+@pytest.mark.parametrize("client", ["7", "123456", "\u00e9"])
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {"num-examples": number, "train_loss": loss, "list": [1, 300, -70_000], "floats": [loss, 0.0, -1e300]}
+        for number, loss in [(1, 0.0), (63, 2.5), (64, -0.0), (10**15, float("inf")), (2**53, float("nan"))]
+    ]
+    + [{"num-examples": 1.5, "empty": []}, {"num-examples": 1, "\u00fc": -1}],
+)
+@pytest.mark.parametrize("statistics", [{}, {"running": torch.arange(5.0)}])
+def test_the_bytes_of_a_reply_follow_from_its_metrics_its_clients_name_and_what_is_attached(
+    client, metrics, statistics, order
+):
+    def reply():
+        told = wire.make_reply(
+            order,
+            client=client,
+            metrics=MetricRecord(metrics),
+            tensors={"a": torch.ones(3)},
+            statistics=statistics,
+            extras={f"c/{key}": value for key, value in statistics.items()},
+        )
+        return wire.ReadyReply(told, trained=True, arrays_key="arrays", config_key="own", reply_to=a_message())
+
+    content = reply().content
+    assert reply().size() == (wire.content_bytes(content), wire.extras_bytes(content))
+
+
 def test_a_packet_that_is_none_is_named(order):
     for content in (RecordDict(), RecordDict({"config": ConfigRecord({wire.HEADER: "{}"})})):
         with pytest.raises(wire.WireError, match="a packet"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedloru_flwr.lowrank import Entry
-from fedloru_flwr.store import Store, default_store
+from fedloru_flwr.store import Holdings, Store, default_store
 
 ROOT, OTHER = "0" * 64, "a" * 64
 
@@ -67,8 +67,7 @@ def test_what_is_there_is_not_written_again(store):
 
 
 def test_nothing_is_written_before_something_is_put(store):
-    store.held(ROOT, "1")
-    store.client_base(ROOT, "1")
+    store.holdings(ROOT, "1")
     store.base(ROOT)
     store.entry(OTHER)
     assert not store.path.exists()
@@ -129,21 +128,21 @@ def test_only_digests_name_files(store, name):
 
 
 def test_what_a_client_holds_is_kept_by_run_and_client(store):
-    store.set_held(ROOT, "1", OTHER, ROOT)
-    store.set_held(ROOT, "2", ROOT, OTHER)
-    assert store.held(ROOT, "1") == OTHER
-    assert store.client_base(ROOT, "1") == ROOT
-    assert store.client_base(ROOT, "2") == OTHER
-    assert store.held(OTHER, "1") is None
-    assert store.client_base(OTHER, "1") == OTHER, "who was sent no base stands on the run's own"
-    store.set_held(ROOT, "1", ROOT, ROOT)
-    assert store.held(ROOT, "1") == ROOT
+    store.set_holdings(ROOT, "1", Holdings(OTHER, ROOT))
+    store.set_holdings(ROOT, "2", Holdings(ROOT, OTHER))
+    assert store.holdings(ROOT, "1").lineage == OTHER
+    assert store.holdings(ROOT, "1").base == ROOT
+    assert store.holdings(ROOT, "2").base == OTHER
+    assert store.holdings(OTHER, "1").lineage is None
+    assert store.holdings(OTHER, "1").base == OTHER, "who was sent no base stands on the run's own"
+    store.set_holdings(ROOT, "1", Holdings(ROOT, ROOT))
+    assert store.holdings(ROOT, "1").lineage == ROOT
 
 
 @pytest.mark.parametrize("client", ["../../outside", "a/b", "", "ö" * 300, "con", ".", "\x00"])
 def test_no_clients_name_leaves_the_directory(store, client):
-    store.set_held(ROOT, client, OTHER, ROOT)
-    assert store.held(ROOT, client) == OTHER
+    store.set_holdings(ROOT, client, Holdings(OTHER, ROOT))
+    assert store.holdings(ROOT, client).lineage == OTHER
     (name,) = files(store)
     assert name.startswith("clients/")
     assert len(name) == len("clients/") + 64 + len(".txt")
@@ -151,11 +150,11 @@ def test_no_clients_name_leaves_the_directory(store, client):
 
 @pytest.mark.parametrize("text", ["", "x", f"{ROOT}", f"{ROOT} {ROOT} {ROOT}", f"{ROOT} nothing", "\udcff"])
 def test_a_damaged_note_says_nothing(store, text):
-    store.set_held(ROOT, "1", OTHER, ROOT)
+    store.set_holdings(ROOT, "1", Holdings(OTHER, ROOT))
     (path,) = (store.path / "clients").iterdir()
     path.write_bytes(text.encode(errors="surrogateescape"))
-    assert store.held(ROOT, "1") is None
-    assert store.client_base(ROOT, "1") == ROOT
+    assert store.holdings(ROOT, "1").lineage is None
+    assert store.holdings(ROOT, "1").base == ROOT
 
 
 def test_the_least_recently_used_files_go_first(tmp_path):
@@ -203,10 +202,10 @@ def test_states_of_runs_long_since_over_make_room(tmp_path):
 
 def test_notes_are_not_trimmed(tmp_path):
     store = Store(tmp_path / "store", max_bytes=1)
-    store.set_held(ROOT, "1", ROOT, ROOT)
+    store.set_holdings(ROOT, "1", Holdings(ROOT, ROOT))
     store.put_base(ROOT, {"w": torch.zeros(1000)})
     store.put_base(OTHER, {"w": torch.zeros(1000)})
-    assert store.held(ROOT, "1") == ROOT
+    assert store.holdings(ROOT, "1").lineage == ROOT
 
 
 def test_the_store_is_where_the_environment_says(monkeypatch, tmp_path):

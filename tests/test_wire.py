@@ -75,6 +75,15 @@ def test_an_order_makes_the_round_trip_and_keeps_the_users_settings():
     assert len(content.array_records) == len(content.config_records) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0, 3), (16, 4, 3, 3)])
+def test_arrays_are_the_bytes_that_flower_makes(dtype, shape):
+    tensors = {"x": (torch.arange(math.prod(shape)) % 2).reshape(shape).to(dtype)}
+    assert wire.to_record(tensors)["x"].data == ArrayRecord(tensors)["x"].data
+    assert wire.to_record(tensors).object_id == ArrayRecord(tensors).object_id
+    assert torch.equal(wire.to_tensors(wire.to_record(tensors))["x"], tensors["x"])
+
+
 def test_an_order_carries_the_clients_work_its_own_arrays_and_extras():
     own, extras = {"z.lora_A": torch.ones(1, 3)}, {"control/b": torch.arange(3.0), "control/a": torch.zeros(2, 2)}
     content = order(work=WORK, arrays=wire.to_record(own), extras=wire.extras_to_bytes(extras))

@@ -6,6 +6,7 @@ own loop on a model of one client, or on many clients at once.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 
 from torch import Tensor
@@ -66,7 +67,10 @@ class ClientMethod:
 
     def trained(self, site: Site) -> tuple[str, ...]:
         """What is trained, and sent, in the order of the Trainables."""
-        return tuple(key for key in site.plan.trainable_keys if not wire.is_frozen(key, site.work.half))
+        keys = site.plan.trainable_keys
+        return (
+            keys if site.work.half == "both" else tuple(key for key in keys if not wire.is_frozen(key, site.work.half))
+        )
 
     def phases(self, site: Site, epochs: int) -> tuple[Phase, ...]:
         """The stretches of training, the first of them of the global model."""
@@ -94,6 +98,7 @@ _METHODS = {
 }
 
 
+@cache
 def client_method(name: str) -> ClientMethod:
     """The method of this name.
 

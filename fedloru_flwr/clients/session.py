@@ -39,7 +39,7 @@ from fedloru_flwr.lowrank import (
 from fedloru_flwr.lowrank.random import GeneratorStates
 from fedloru_flwr.models.adapters import AdaptedModel
 from fedloru_flwr.models.plan import build_seeded, plan_model
-from fedloru_flwr.store import Store, default_store
+from fedloru_flwr.store import Holdings, Store, default_store
 
 ModelSource = Callable[[], nn.Module] | nn.Module
 _log = logging.getLogger("flwr")
@@ -245,19 +245,20 @@ class Contact:
             path = context.node_config.get("store-path")
             store = Store(Path(str(path))) if path else default_store()
         self._store = store
+        self._noted = store.holdings(order.root, self.client)
         if order.kind != "work":
             self._accept_supply()
         self.method = client_method(order.settings.method)
         self.host = host = _host(model, order.settings, make)
         host.mend()
-        base = store.client_base(order.root, self.client)
+        base = self._noted.base
         if not host.has_base(base, store):
             base = order.root
         if not (self._can_claim(order.lineage, host) and host.bring_to(order.lineage, store, order.root, base)):
             # What is noted may have been lost: tell only what the model can really be brought to.
             sure = next((at for at in self._claims(host) if host.bring_to(at, store, order.root, base)), "")
             self._answer("need-base", sure)
-        store.set_held(order.root, self.client, order.lineage, base)
+        self._note(base)
         host.mark()
         work = order.work
         self._own_state = bool(work.run) and (self.method.keeps_state or work.scaffold)
@@ -281,16 +282,22 @@ class Contact:
             self._store.put_base(order.lineage, order.tensors)
             base = order.lineage
         else:
-            base = self._store.client_base(order.root, self.client)
+            base = self._noted.base
         for entry in order.entries:
             self._store.put_entry(entry)
-        self._store.set_held(order.root, self.client, order.lineage, base)
+        self._note(base)
         self._answer("stored", order.lineage)
+
+    def _note(self, base: str) -> None:
+        """Note that this client holds the order's lineage now, and the base it has it from."""
+        now = Holdings(self.order.lineage, base)
+        if now != self._noted:
+            self._store.set_holdings(self.order.root, self.client, now)
 
     def _claims(self, host: _HostedModel) -> Iterator[str]:
         """The lineages this client holds, newest first; others of this machine may have left more in the store."""
         root = self.order.root
-        at = self._store.held(root, self.client)
+        at = self._noted.lineage
         while at is not None and at != root:
             yield at
             entry = self._store.entry(at)
@@ -591,6 +598,8 @@ def _metric(name: str, value: object) -> int | float | list[int] | list[float]:
 
 
 def _number(name: str, value: object) -> int | float:
+    if type(value) is int or type(value) is float:
+        return value
     if isinstance(value, torch.Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1:
         value = value.item()
     if isinstance(value, numbers.Integral):

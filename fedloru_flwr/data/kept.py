@@ -41,17 +41,17 @@ def keep(config: DataConfig, source: Source, parts: tuple[np.ndarray, ...], path
 def kept(config: DataConfig) -> tuple[Source, tuple[np.ndarray, ...]] | None:
     """The source, without groups, and each client's indices, if the file of this process's run holds them."""
     path = os.environ.get(VARIABLE)
-    return _read(path, _digest(config)) if path else None
+    return _read(path, config) if path else None
 
 
 @lru_cache(maxsize=2)
-def _read(path: str, digest: str) -> tuple[Source, tuple[np.ndarray, ...]] | None:
+def _read(path: str, config: DataConfig) -> tuple[Source, tuple[np.ndarray, ...]] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("config") != digest:
+            if metadata.get("config") != _digest(config):
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError):

@@ -1,8 +1,10 @@
 """Load what a server or one client works with."""
 
+from collections import OrderedDict
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -71,11 +73,15 @@ def load_client(config: DataConfig, partition_id: int) -> tuple[ClientData, Data
     Raises:
         DataError: ``partition_id`` is not in ``0..num_clients-1``; for the rest see `validate`.
     """
-    check(config)
-    if not 0 <= partition_id < config.num_clients:
-        problem = f"with num-clients = {config.num_clients} they go from 0 to {config.num_clients - 1}"
-        raise fault("partition-id", partition_id, problem, "Start as many SuperNodes as num-clients says")
-    return _client(config, partition_id), _source(config).spec
+    found = _clients.get(config, partition_id)
+    if found is None:
+        check(config)
+        if not 0 <= partition_id < config.num_clients:
+            problem = f"with num-clients = {config.num_clients} they go from 0 to {config.num_clients - 1}"
+            raise fault("partition-id", partition_id, problem, "Start as many SuperNodes as num-clients says")
+        found = _client(config, partition_id), _source(config).spec
+        _clients.put(config, partition_id, found)
+    return found
 
 
 def load_own(path: str | Path, config: DataConfig) -> tuple[ClientData, DataSpec]:
@@ -108,10 +114,44 @@ def _partition(config: DataConfig) -> tuple[np.ndarray, ...]:
     return tuple(parts)
 
 
-@lru_cache(maxsize=32)
 def _client(config: DataConfig, partition_id: int) -> ClientData:
     samples = _source(config).train.samples(_partition(config)[partition_id])
     return _hold_out(samples, config, generator("client", config.seed, partition_id))
+
+
+class _Clients:
+    """The samples of the clients that were asked for last, which are drawn again and again, up to a size in bytes."""
+
+    limit = 128 * 2**20
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[tuple[DataConfig, int], tuple[ClientData, DataSpec]] = OrderedDict()
+        self._bytes = 0
+        self._lock = Lock()
+
+    def get(self, config: DataConfig, partition_id: int) -> tuple[ClientData, DataSpec] | None:
+        """A client's samples, if they are here."""
+        with self._lock:
+            if (found := self._found.get((config, partition_id))) is not None:
+                self._found.move_to_end((config, partition_id))
+            return found
+
+    def put(self, config: DataConfig, partition_id: int, found: tuple[ClientData, DataSpec]) -> None:
+        """Keep a client's samples, and let go of others where there is no room for them."""
+        with self._lock:
+            if (config, partition_id) not in self._found:
+                self._found[config, partition_id] = found
+                self._bytes += _size(found[0])
+            while self._bytes > self.limit:
+                _, (gone, _) = self._found.popitem(last=False)
+                self._bytes -= _size(gone)
+
+
+def _size(data: ClientData) -> int:
+    return sum(part.inputs.nbytes + part.labels.nbytes for part in (data.train, data.held_out))
+
+
+_clients = _Clients()
 
 
 @lru_cache(maxsize=2)

@@ -5,6 +5,7 @@
     run_in_process(server_app, client_app, num_supernodes=100, run_config={"learning-rate": 0.1})
 """
 
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,6 @@ from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -58,11 +58,14 @@ class VirtualGrid(Grid):
         return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
 
 
+_ids = itertools.count(1)
+
+
 def named(messages: Iterable[Message]) -> list[Message]:
-    """The messages, each with an id of its own."""
+    """The messages, each with an id of its own in this process."""
     messages = list(messages)
     for message in messages:
-        message.metadata.__dict__["_message_id"] = str(uuid4())
+        message.metadata.__dict__["_message_id"] = str(next(_ids))
     return messages
 
 
@@ -118,6 +121,19 @@ class InProcessGrid(VirtualGrid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Handle the messages at once and keep the replies."""
         messages = named(messages)
+        for reply in self._stream(messages):
+            self._replies[reply.metadata.reply_to_message_id] = reply
+        return [message.metadata.message_id for message in messages]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Handle the messages and return the replies, in the order sent."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def send_and_stream(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Handle the messages, share by share, and give each reply as soon as its share is done, in the order sent."""
+        return self._stream(named(messages))
+
+    def _stream(self, messages: Sequence[Message]) -> Iterator[Message]:
         there = [message for message in messages if message.metadata.dst_node_id in self._contexts]
         replies = self._answers([(message, self._contexts[message.metadata.dst_node_id]) for message in there])
         for message in messages:
@@ -125,9 +141,8 @@ class InProcessGrid(VirtualGrid):
                 reply = next(replies)
             else:
                 reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), reply_to=message)
-            self._replies[message.metadata.message_id] = reply
             self.on_reply()
-        return [message.metadata.message_id for message in messages]
+            yield reply
 
     def _answers(self, requests: Sequence[Request]) -> Iterator[Message]:
         """The replies to messages that are sent together, in order."""
@@ -140,10 +155,6 @@ class InProcessGrid(VirtualGrid):
     def _handle(self, message: Message) -> Message:
         """The reply to one message."""
         return handle(self._app, message, self._contexts[message.metadata.dst_node_id])
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Handle the messages and return the replies, in the order sent."""
-        return self.pull_messages(self.push_messages(messages))
 
 
 def shares(count: int, at_once: int) -> list[slice]:

@@ -82,31 +82,36 @@ class _Round:
         self._change = threading.Condition()
 
     def replies(self) -> Iterator[Message]:
-        """The replies to all shares, in order."""
+        """The replies to all shares, in order, each share's as soon as it is done: others train while they are read."""
+        first = self._waiting.popleft()  # by whom the replies are wanted, so that they are there early
         for worker in self._grid._workers:
             threading.Thread(target=self._hand_out, args=(worker,), daemon=True).start()
         try:
-            self._work()
+            self._train(first)
+            for index in range(len(self._parts)):
+                self._work_until(index)
+                result = self._done.pop(index)
+                if isinstance(result, Exception):
+                    raise result
+                yield from result
         finally:
             with self._change:
                 self._waiting.clear()
-        for index in range(len(self._parts)):
-            result = self._done[index]
-            if isinstance(result, Exception):
-                raise result
-            yield from result
 
-    def _work(self) -> None:
-        """Train what nobody else has taken, until all is done."""
+    def _work_until(self, index: int) -> None:
+        """Train what nobody else has taken, until this share is done."""
         while True:
             with self._change:
-                while not self._waiting and len(self._done) < len(self._parts):
+                while not self._waiting and index not in self._done:
                     self._change.wait()
-                if not self._waiting:
+                if index in self._done:
                     return
-                index = self._waiting.popleft()
-            replies = list(self._grid._answer_share(self._parts[index]))
-            self._note(index, replies)
+                taken = self._waiting.popleft()
+            self._train(taken)
+
+    def _train(self, index: int) -> None:
+        """Train a share in this process."""
+        self._note(index, list(self._grid._answer_share(self._parts[index])))
 
     def _hand_out(self, worker: Worker) -> None:
         """Let a worker train shares until there are no more."""
@@ -141,7 +146,7 @@ class _Round:
         )
         with self._change:
             self._grid._workers.remove(worker)
-            self._waiting.append(index)
+            self._waiting.appendleft(index)
             self._change.notify_all()
 
     def _note(self, index: int, replies: list[Message] | Exception) -> None:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -47,47 +48,47 @@ class FactorisedLayer:
     rank: int
     transposed: bool = False
 
-    @property
+    @cached_property
     def weight_key(self) -> str:
         """The weight's key in the plain model's state dict."""
         return f"{self.name}.weight" if self.name else "weight"
 
-    @property
+    @cached_property
     def a_key(self) -> str:
         """The key of ``A`` in an adapter."""
         return f"{self.name}.lora_A"
 
-    @property
+    @cached_property
     def b_key(self) -> str:
         """The key of ``B`` in an adapter."""
         return f"{self.name}.lora_B"
 
-    @property
+    @cached_property
     def delta_key(self) -> str:
         """The key of a product that is not factorised."""
         return f"{self.name}.delta"
 
-    @property
+    @cached_property
     def hadamard_keys(self) -> tuple[str, str, str, str]:
         """The keys of ``w1_a (out, r)``, ``w1_b (r, in_features)``, ``w2_a`` and ``w2_b``."""
         return tuple(f"{self.name}.hada_{part}" for part in HADAMARD_PARTS)  # type: ignore[return-value]  # four
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         """All keys under which an adapter may hold something of this layer."""
         return (self.a_key, self.b_key, self.delta_key, *self.hadamard_keys)
 
-    @property
+    @cached_property
     def out_features(self) -> int:
         """Rows of the weight seen as a matrix."""
         return self.weight_shape[1] if self.transposed else self.weight_shape[0]
 
-    @property
+    @cached_property
     def in_features(self) -> int:
         """Columns of the weight seen as a matrix: ``in * prod(kernel)``."""
         return math.prod(self.weight_shape) // self.out_features
 
-    @property
+    @cached_property
     def max_rank(self) -> int:
         """The largest rank a product of the weight's shape can have."""
         return min(self.out_features, self.in_features)
@@ -137,8 +138,9 @@ def single_thread() -> Iterator[None]:
 
 def has_product(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> bool:
     """Whether the adapter says what this layer gains."""
-    keys = ((layer.delta_key,), layer.hadamard_keys, (layer.a_key, layer.b_key))
-    return any(all(key in adapter for key in of) for of in keys)
+    if layer.a_key in adapter and layer.b_key in adapter:
+        return True
+    return layer.delta_key in adapter or all(key in adapter for key in layer.hadamard_keys)
 
 
 def rank_bound(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> int:

@@ -37,9 +37,18 @@ class SmallCNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, channels, height, width)`` to logits ``(batch, num_classes)``."""
         x = functional.relu(self.conv1(x))
-        x = functional.max_pool2d(functional.relu(self.conv2(x)), 2)
-        x = functional.max_pool2d(functional.relu(self.conv3(x)), 2)
+        x = _halved(functional.relu(self.conv2(x)))
+        x = _halved(functional.relu(self.conv3(x)))
         return self.fc2(functional.relu(self.fc1(x.flatten(1))))  # type: ignore[no-any-return]  # nn.Module is untyped
+
+
+def _halved(x: Tensor) -> Tensor:
+    """``max_pool2d(x, 2)``; without gradients from maxima of whole slices, which a CPU forms several times as fast."""
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return functional.max_pool2d(x, 2)
+    height, width = (size // 2 * 2 for size in x.shape[-2:])
+    rows = torch.maximum(x[..., 0:height:2, :], x[..., 1:height:2, :])
+    return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
 
 
 class MLP(nn.Module):

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -73,29 +74,29 @@ class AdapterPlan:
     notes: tuple[str, ...] = ()
     form: Form = "factors"
 
-    @property
+    @cached_property
     def family(self) -> Family:
         """The adapters' family."""
         return "loha" if self.form == "hadamard" else "lora"
 
-    @property
+    @cached_property
     def one_sided(self) -> bool:
         """Whether ``A`` is drawn, not trained."""
         return self.form in ("one-sided", "one-sided-orthonormal")
 
-    @property
+    @cached_property
     def adapted(self) -> tuple[FactorisedLayer, ...]:
         """The layers that have adapters while a client trains."""
         return () if self.form == "compressed" else self.layers
 
-    @property
+    @cached_property
     def factor_keys(self) -> tuple[str, ...]:
         """Keys of the adapter that is trained: ``A`` then ``B`` of each layer, in the plain form."""
         if self.one_sided:
             return tuple(layer.b_key for layer in self.layers)
         return tuple(key for layer in self.adapted for key in shared_keys(layer, self.family))
 
-    @property
+    @cached_property
     def trainable_keys(self) -> tuple[str, ...]:
         """Keys of the Trainables in their fixed order: the adapter, then the dense leaves."""
         return (*self.factor_keys, *self.dense_leaves)

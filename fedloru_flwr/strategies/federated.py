@@ -712,14 +712,17 @@ class FederatedStrategy(Strategy):
         variates = self._control(half) if trains and self.scaffold else {}
         extras = wire.extras_to_bytes(variates)
         orders = Orders(template, phase, self.state, self.settings, self._memory.held, self._bill, assign, extras)
-        likes: dict[tuple[int, str], dict[str, Tensor]] = {}
+        expected: dict[tuple[int, str], Expected] = {}
         lineage, said_round = self.state.ledger.lineage, wire.template_round(template)
 
         def expect(work: wire.Work) -> Expected:
-            if trains and (work.rank, work.half) not in likes:
-                likes[work.rank, work.half] = self._reply_like(work)
-            like = likes[work.rank, work.half] if trains else None
-            return Expected(lineage, like, self.state.statistics, variates, self.settings.weighted_by, said_round)
+            if (work.rank, work.half) not in expected:
+                like = self._reply_like(work) if trains else None
+                key = self.settings.weighted_by
+                expected[work.rank, work.half] = Expected(
+                    lineage, like, self.state.statistics, variates, key, said_round
+                )
+            return expected[work.rank, work.half]
 
         pending, answered, again = node_of, dict[str, str](), False
         while pending:

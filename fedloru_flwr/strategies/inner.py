@@ -244,9 +244,25 @@ class InnerStrategy:
 
 
 def mean_metrics(metrics: Sequence[Mapping[str, Any]], weighted_by: str) -> dict[str, Any]:
-    """The clients' metrics as Flower averages them, without the one that weighs them."""
-    records = [RecordDict({wire.METRICS: MetricRecord(dict(one))}) for one in metrics]
-    return dict(aggregate_metricrecords(records, weighted_by))
+    """The clients' metrics as Flower averages them, to the last bit, without the one that weighs them.
+
+    Args:
+        metrics: of each client, all of the same names and lengths.
+        weighted_by: the name of the weight.
+    """
+    weights = [one[weighted_by] for one in metrics]
+    total = sum(weights)
+    mean: dict[str, Any] = {}
+    for one, weight in zip(metrics, [weight / total for weight in weights], strict=True):
+        for name, value in one.items():
+            if name == weighted_by:
+                continue
+            if isinstance(value, list):
+                parts = [part * weight for part in value]
+                mean[name] = [a + b for a, b in zip(mean[name], parts, strict=True)] if name in mean else parts
+            else:
+                mean[name] = mean[name] + value * weight if name in mean else value * weight
+    return mean
 
 
 def plain_average(weighted_by: str = "num-examples", **keywords: Any) -> FedAvg:

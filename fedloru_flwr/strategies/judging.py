@@ -3,13 +3,15 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from flwr.app import Message
 from flwr.serverapp.exception import AggregationError
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from fedloru_flwr import wire
 
@@ -38,6 +40,7 @@ class Expected:
     weighted_by: str
     server_round: int
 
+    @cached_property
     def largest_reply(self) -> int:
         """Bytes above which a reply is refused unread: twice those of its tensors, and 1 MiB for all else."""
         parts = (self.trainables or {}, self.statistics, self.extras)
@@ -59,7 +62,7 @@ def judge(message: Message, expected: Expected) -> wire.Reply:
     if message.has_error():
         raise Rejected(f"error {message.error.code}: {wire.error_reason(message)}")
     size = wire.payload_bytes(message)
-    if size > (limit := expected.largest_reply()):
+    if size > (limit := expected.largest_reply):
         raise Rejected(f"it has {size} bytes, more than the {limit} that such a reply may have")
     try:
         reply = wire.reply_of(message, trained=expected.trainables is not None)
@@ -137,13 +140,38 @@ def distance(tensors: Mapping[str, Tensor], origin: Mapping[str, Tensor]) -> flo
     It goes through the memory in pieces: temporary tensors of a reply's size cost more than the sums.
     """
     norms, buffer = [], torch.empty(_PIECE, dtype=torch.float64)
-    for name, tensor in tensors.items():
-        flat, other = tensor.reshape(-1), origin[name].reshape(-1)
-        for begin in range(0, len(flat), _PIECE):
-            piece = flat[begin : begin + _PIECE]
-            difference = buffer[: len(piece)].copy_(piece).sub_(other[begin : begin + _PIECE])
-            norms.append(math.sqrt(torch.dot(difference, difference).item()))
+    for mine, other in zip(_pieces(tensors.values()), _pieces(origin[name] for name in tensors), strict=True):
+        difference = buffer[: len(mine)].copy_(mine).sub_(other)
+        norms.append(math.sqrt(torch.dot(difference, difference).item()))
     return math.hypot(*norms)
+
+
+def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """All numbers of the tensors in order, flat, in pieces of at most `_PIECE`.
+
+    What is smaller is joined, of whatever number formats: an operation on a small tensor costs as much as on a piece.
+    """
+    waiting: list[Tensor] = []
+    count = 0
+    for tensor in tensors:
+        size = tensor.numel()
+        if count + size > _PIECE and waiting:
+            yield _joined(waiting)
+            waiting, count = [], 0
+        if size > _PIECE:
+            yield from torch.split(tensor.reshape(-1), _PIECE)
+        else:
+            waiting.append(tensor)
+            count += size
+    if count:
+        yield _joined(waiting)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]  # torch's; the same in one call
+    return flat
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -172,5 +200,6 @@ def _check_tensors(what: str, got: Mapping[str, Tensor], expected: Mapping[str, 
             raise Rejected(f"{what} tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}")
         if tensor.dtype != wanted.dtype:
             raise Rejected(f"{what} tensor {name} has dtype {tensor.dtype}, expected {wanted.dtype}")
-        if not is_finite(tensor):
-            raise Rejected(f"{what} tensor {name} holds NaN or infinite values")
+    if not all(map(is_finite, _pieces(got.values()))):
+        name = next(name for name, tensor in got.items() if not is_finite(tensor))
+        raise Rejected(f"{what} tensor {name} holds NaN or infinite values")

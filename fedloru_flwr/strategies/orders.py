@@ -87,7 +87,7 @@ class Orders:
         self._settings = settings
         self._held = held
         self._bill = bill
-        self._made: dict[str, tuple[RecordDict, int, int]] = {}
+        self._made: dict[object, tuple[RecordDict, int, int]] = {}
 
     def deliver(
         self, grid: Grid, node_of: Mapping[str, int], deadline: float, *, repeat: bool = False
@@ -221,7 +221,7 @@ class Orders:
         """The order for this client, its size, and how much of that the entries are."""
         missing = self._missing(client) or ()
         work, arrays = self._assign(client)
-        key = f"order {len(missing)} {work}"
+        key = (len(missing), work)
         if key not in self._made:
             entries = self._entries(missing)
             ledger = self._state.ledger

@@ -362,7 +362,7 @@ def test_entries_that_came_with_the_order_are_used_and_kept(store, into):
     server.accumulate()
     server.accumulate(0.2)
     low_rank = begin(server.order(entries=server.entries), store)
-    assert store.held(server.state.ledger.root, "5") == server.lineage
+    assert store.holdings(server.state.ledger.root, "5").lineage == server.lineage
     assert [store.entry(e.digest) is not None for e in server.entries] == [True, True]
     assert store.has_base(server.lineage) == (into == "merge"), "a fresh process need not fold again"
     # Once noted they need not come again, in whatever process.

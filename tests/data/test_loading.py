@@ -15,6 +15,7 @@ from fedloru_flwr.data import (
     load_central,
     load_client,
     load_own,
+    loading,
     partition_indices,
     validate,
 )
@@ -113,6 +114,21 @@ def test_a_client_has_its_own_samples_shuffled(write_csv: Write) -> None:
     assert len(values) == 40
     assert values != sorted(values)
     assert not set(values) & set(load_client(config, 0)[0].train.inputs[:, 0].tolist())
+
+
+def test_clients_stay_in_memory_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataConfig(num_clients=20, seed=7)
+    assert load_client(config, 3)[0] is load_client(config, 3)[0]
+    clients = loading._Clients()
+    monkeypatch.setattr(loading, "_clients", clients)
+    clients.limit = 3 * loading._size(load_client(config, 0)[0])
+    for client in range(20):
+        load_client(config, client)
+    assert clients.get(config, 0) is None
+    assert clients.get(config, 19) is not None
+    assert 2 <= len(clients._found) <= 3
+    assert clients._bytes == sum(loading._size(data) for data, _ in clients._found.values())
+    assert len(load_client(config, 0)[0].train) == len(load_client(replace(config), 0)[0].train)
 
 
 def test_the_held_out_part_depends_on_the_seed_and_the_partition_only(write_csv: Write) -> None:

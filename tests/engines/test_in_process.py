@@ -112,6 +112,25 @@ def test_messages_can_be_pushed_and_their_replies_pulled_once_in_any_order():
     assert run(main) == ([2, 1], [0])
 
 
+def test_replies_can_be_taken_as_their_shares_are_done():
+    handled = []
+
+    def together(requests):
+        handled.append(len(requests))
+        return [Message(RecordDict(), reply_to=message) for message, _ in requests]
+
+    def main(grid, context):
+        messages = [Message(RecordDict(), node_id, "train") for node_id in grid.get_node_ids()]
+        replies = grid.send_and_stream(messages)
+        seen = []
+        for message, reply in zip(messages, replies, strict=True):
+            assert reply.metadata.reply_to_message_id == message.metadata.message_id
+            seen.append(sum(handled))
+        return seen
+
+    assert run(main, count=8, together=together, at_once=2) == [2, 2, 4, 4, 6, 6, 8, 8]
+
+
 def test_the_store_is_a_temporary_directory_or_the_one_given_and_the_environment_is_put_back(tmp_path, monkeypatch):
     def main(grid, context):
         store = ask(grid)[0].content["told"]["store"]

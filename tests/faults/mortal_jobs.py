@@ -57,11 +57,13 @@ class Doors:
     def build(self, grid):
         """Put up the doors of all phases, for a class of grids."""
         from fedloru_flwr import job
+        from fedloru_flwr.clients import together
         from fedloru_flwr.runs import RunDirectory
         from fedloru_flwr.strategies import FederatedStrategy, federated
         from fedloru_flwr.strategies.inner import InnerStrategy
 
-        self.around(grid, "push_messages", "sending")
+        self.around(grid, "_handle", "sending")
+        self.around(together, "train_cohort", "sending")
         self.around(InnerStrategy, "aggregate_train", "aggregating")
         self.around(federated, "step", "accumulating", lambda *_, accumulate_now, **__: accumulate_now)
         self.around(RunDirectory, "write_checkpoint", "writing a checkpoint")

@@ -24,6 +24,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from safetensors.torch import load_file
 from toy_federation import (
     ConvNet,
@@ -47,6 +48,7 @@ from fedloru_flwr.clients import LowRankSession
 from fedloru_flwr.clients.mods import session_mod
 from fedloru_flwr.runs import RunDirectory
 from fedloru_flwr.strategies import FedAvg, FedLoRU
+from fedloru_flwr.strategies.inner import mean_metrics
 
 KEYS = ["hidden.lora_A", "hidden.lora_B", "hidden.bias", "head.weight", "head.bias"]
 FACTORS = KEYS[:2]
@@ -445,6 +447,17 @@ def test_an_inner_strategys_settings_reach_the_clients(tmp_path):
     grid = WatchedGrid(client_app(NET, tamper=look), 4, node_configs=own_machines(tmp_path, 4))
     federate(fedloru(FedProx(proximal_mu=0.5)), grid, 1, train_config=ConfigRecord({"lr": 0.25}))
     assert {(c["proximal-mu"], c["lr"], c["server-round"]) for c in seen} == {(0.5, 0.25, 1)}
+
+
+def test_metrics_are_averaged_as_flower_does_to_the_last_bit():
+    rng = random.Random(0)
+    metrics = [
+        {"loss": rng.uniform(-9, 9), "n": rng.randint(1, 70), "right": rng.randint(0, 9), "each": [rng.random(), 2.0]}
+        for _ in range(50)
+    ]
+    flowers = aggregate_metricrecords([RecordDict({"m": MetricRecord(dict(one))}) for one in metrics], "n")
+    assert mean_metrics(metrics, "n") == dict(flowers)
+    assert mean_metrics(metrics[:1], "n") == {key: metrics[0][key] for key in ("loss", "right", "each")}
 
 
 def test_the_size_of_a_content_counts_equal_parts_once():
