@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -114,9 +114,7 @@ def _read(config: DataConfig) -> dict[str, Split]:
 
 
 def _read_digits() -> Split:
-    found = find_spec("sklearn")
-    assert found is not None and found.origin is not None
-    path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    path = Path(str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")))
     if path.exists():  # as `load_digits` reads it, whose import takes seconds
         rows = np.loadtxt(path, delimiter=",")
         images, labels = rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(int)

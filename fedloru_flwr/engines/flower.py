@@ -259,9 +259,7 @@ def _status(run_id: int, env: dict[str, str], superlink: subprocess.Popen[str], 
         return "lost", f"Flower's SuperLink ended ({superlink.returncode}) during the run:\n{_log_end(home)}"
 
 
-def _start_superlink(
-    home: Path, env: dict[str, str], own: OwnedProcesses
-) -> tuple[subprocess.Popen[str], int]:
+def _start_superlink(home: Path, env: dict[str, str], own: OwnedProcesses) -> tuple[subprocess.Popen[str], int]:
     """Start a SuperLink and return it, listening, with its port."""
     log = home / "superlink.log"
     for _ in range(5):  # another process may take the port between its choice and its use

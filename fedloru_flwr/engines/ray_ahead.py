@@ -24,6 +24,8 @@ _POLL_SECONDS = 0.05
 def ray_ahead(num_cpus: int | None, modules: Sequence[str], environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Begin to start Ray, and yield the variables with which `run_on_flower` joins it; end it on leaving.
 
+    The ClientApp must be importable on the caller's own path, as an installed package is.
+
     Where the caller's environment names a cluster or has a hook of its own, nothing is started, and there are none.
 
     Args:
@@ -50,7 +52,7 @@ def ray_ahead(num_cpus: int | None, modules: Sequence[str], environment: Mapping
 def join(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
     """Ray's hook, which it calls before it looks for its address: wait for the run's Ray and say where it is.
 
-    Of the runtime environment the module path is left out, which the workers have already: those that run are used.
+    The module path is left out of the runtime environment: with it Ray would start other workers, with one of their own.
 
     Raises:
         RuntimeError: Ray has not started.
