@@ -52,7 +52,7 @@ def ray_ahead(num_cpus: int | None, modules: Sequence[str], environment: Mapping
 def join(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
     """Ray's hook, which it calls before it looks for its address: wait for the run's Ray and say where it is.
 
-    The module path is left out of the runtime environment: with it Ray would start other workers, with one of their own.
+    The module path is left out of the runtime environment: for the sake of it Ray would start other workers.
 
     Raises:
         RuntimeError: Ray has not started.
