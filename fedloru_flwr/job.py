@@ -12,8 +12,8 @@ from torch import nn
 from fedloru_flwr.clients.training import choose_device, evaluate
 from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import Samples
-from fedloru_flwr.engines.hosted import SUPERNODES
 from fedloru_flwr.engines.in_process import VirtualGrid
+from fedloru_flwr.environment import SUPERNODES
 from fedloru_flwr.models import NetworkFactory
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_table

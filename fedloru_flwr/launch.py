@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fedloru_flwr.config import ConfigError, RunConfig, read_config_file
+from fedloru_flwr.engines.ray_ahead import ray_ahead
 from fedloru_flwr.engines.workers import Workers
-from fedloru_flwr.runs import RunDirectory
+from fedloru_flwr.environment import DATA, STORE, SUPERNODES
 from fedloru_flwr.suggest import did_you_mean
 
 Engine = Literal["flower", "in-process"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+_CLIENT_APP = "fedloru_flwr.client_app"
 
 
 def engine_named(name: str) -> Engine:
@@ -83,12 +85,16 @@ def run(
         raise ValueError(f"num-actors must be at least 1, got {num_actors}")
     if num_supernodes is not None and num_supernodes < 1:
         raise ValueError(f"num-supernodes must be at least 1, got {num_supernodes}")
+    resolved = _resolve(checked)
     others = (num_actors or 1) - 1 if engine == "in-process" else 0
-    with _private_matplotlib(), Workers(others) as workers:
-        from fedloru_flwr.job import check, recorded_settings, recorded_supernodes, run_to_continue
+    # What takes seconds to start begins to start first; torch is imported and the settings are checked meanwhile.
+    with _private_matplotlib(), Workers(others) as workers, contextlib.ExitStack() as stack:
+        continued = None
+        if resolved.resume:
+            from fedloru_flwr.job import recorded_settings, recorded_supernodes, run_to_continue
 
-        resolved = _resolve(checked)
-        if (continued := run_to_continue(resolved)) is not None:
+            continued = run_to_continue(resolved)
+        if continued is not None:
             # What is not said anew is as it was when the run began.
             resolved = _resolve(RunConfig.from_mapping({**recorded_settings(continued), **settings}))
             num_supernodes = num_supernodes or recorded_supernodes(continued)
@@ -96,19 +102,28 @@ def run(
             # To the millisecond: runs that are started together get names of their own.
             stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
             resolved = dataclasses.replace(resolved, run_name=stamp)
-        check(resolved)
         path = continued.path if continued is not None else Path(resolved.output_dir) / resolved.run_name
         # What the clients hold lives as long as the run may be continued.
         store = path / "store"
+        simulation = None
+        if engine == "flower":
+            supernodes = min(num_supernodes or resolved.num_clients, resolved.num_clients)
+            simulation = stack.enter_context(_Simulation(store, num_actors, supernodes, gpus_per_client))
+
+        from fedloru_flwr.job import check
+
+        check(resolved)
         try:
-            if engine == "in-process":
+            if simulation is None:
                 _run_in_process(resolved, store, workers)
             else:
-                _run_on_flower(resolved, store, num_actors, num_supernodes, gpus_per_client, on_line)
+                simulation.run(resolved, on_line)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"what the run saved is in {path}; continue: fedloru run --resume {path}") from None
         except Exception as error:
             raise RunFailedError(f"{error}\nWhat the run saved is in {path}") from error
+    from fedloru_flwr.runs import RunDirectory
+
     summary = RunDirectory.open(path).read_summary()
     if summary is None:
         raise RunFailedError(f"the run ended without a summary; what it saved is in {path}")
@@ -138,72 +153,88 @@ def _run_in_process(config: RunConfig, store: Path, workers: Workers) -> None:
     from fedloru_flwr.server_app import app as server_app
 
     settings = config.as_mapping()
-    with store_at(store) as where, _shared_data(config, bool(workers.members)) as data:
+    with store_at(store) as where, tempfile.TemporaryDirectory(prefix="fedloru-data-") as directory:
+        data = {DATA: str(Path(directory) / "data.safetensors")}
+        if workers.members:
+            _share_data(config, Path(data[DATA]))
         grid = ProcessGrid(workers, config.num_clients, settings, config.clients_per_batch, {**where, **data})
         serve(server_app, grid, settings)
 
 
-def _run_on_flower(
-    config: RunConfig,
-    store: Path,
-    num_actors: int | None,
-    num_supernodes: int | None,
-    gpus_per_client: float,
-    on_line: Callable[[str], None],
-) -> None:
-    from fedloru_flwr.engines.app_dir import flower_app
-    from fedloru_flwr.engines.flower import run_on_flower
-    from fedloru_flwr.engines.hosted import SUPERNODES
+class _Simulation(contextlib.ExitStack):
+    """A simulation on Flower: on entering its Ray begins to start, of which nothing depends on what is checked yet."""
 
-    supernodes = min(num_supernodes or config.num_clients, config.num_clients)
-    run = RunDirectory(store.parent)
-    rounds_before = -1
-    with flower_app() as app_dir, _shared_data(config, True) as data:
-        while True:
-            outcome = run_on_flower(
-                app_dir,
-                config.as_mapping(),
-                num_supernodes=supernodes,
-                client_num_gpus=gpus_per_client,
-                ray_num_cpus=num_actors,
-                environment={
-                    "MPLCONFIGDIR": os.environ["MPLCONFIGDIR"],
-                    "FEDLORU_STORE": str(store),
-                    SUPERNODES: str(supernodes),
-                    **data,
-                },
-                on_line=on_line,
-            )
-            if outcome.completed:
-                return
-            summary = run.read_summary() or {}
-            if not str(summary.get("error", "")).startswith("WorkerDiedError"):
-                raise RuntimeError(f"the run ended as {outcome.status}: {outcome.details}")
-            workers = num_actors or _cpus_of_ray()
-            if summary["rounds"] <= rounds_before:
-                # Again in the same round: fewer workers need less memory. A cluster's are not ours to choose.
-                if workers == 1 or os.environ.get("RAY_ADDRESS", "local") != "local":
-                    raise RuntimeError(summary["error"])
-                num_actors = workers // 2
-            rounds_before = summary["rounds"]
-            on_line(
-                f"a worker has died in round {rounds_before + 1}: going on from round {rounds_before} in a new "
-                f"simulation with {num_actors or workers} workers"
-            )
-            config = dataclasses.replace(config, resume=str(run.path))
+    def __init__(self, store: Path, num_actors: int | None, supernodes: int, gpus_per_client: float) -> None:
+        super().__init__()
+        self._run_dir = store.parent
+        self._num_actors = num_actors
+        self._supernodes = supernodes
+        self._gpus_per_client = gpus_per_client
+        self._data = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="fedloru-data-"))) / "data.safetensors"
+        self._variables = {
+            "MPLCONFIGDIR": os.environ["MPLCONFIGDIR"],
+            STORE: str(store),
+            SUPERNODES: str(supernodes),
+            DATA: str(self._data),
+        }
+        self._ray = self.enter_context(contextlib.ExitStack())
+        self._start_ray()
+
+    def _start_ray(self) -> None:
+        """Begin to start a Ray, in place of the one there was."""
+        self._ray.close()
+        self._joining = self._ray.enter_context(ray_ahead(self._num_actors, [_CLIENT_APP], self._variables))
+
+    def run(self, config: RunConfig, on_line: Callable[[str], None]) -> None:
+        """Run the job to its end.
+
+        Raises:
+            RuntimeError: it failed, and why.
+        """
+        from fedloru_flwr.engines.app_dir import flower_app
+        from fedloru_flwr.engines.flower import run_on_flower
+        from fedloru_flwr.runs import RunDirectory
+
+        run = RunDirectory(self._run_dir)
+        rounds_before = -1
+        _share_data(config, self._data)
+        with flower_app() as app_dir:
+            while True:
+                outcome = run_on_flower(
+                    app_dir,
+                    config.as_mapping(),
+                    num_supernodes=self._supernodes,
+                    client_num_gpus=self._gpus_per_client,
+                    ray_num_cpus=self._num_actors,
+                    environment={**self._variables, **self._joining},
+                    on_line=on_line,
+                )
+                if outcome.completed:
+                    return
+                summary = run.read_summary() or {}
+                if not str(summary.get("error", "")).startswith("WorkerDiedError"):
+                    raise RuntimeError(f"the run ended as {outcome.status}: {outcome.details}")
+                workers = self._num_actors or _cpus_of_ray()
+                if summary["rounds"] <= rounds_before:
+                    # Again in the same round: fewer workers need less memory. A cluster's are not ours to choose.
+                    if workers == 1 or os.environ.get("RAY_ADDRESS", "local") != "local":
+                        raise RuntimeError(summary["error"])
+                    self._num_actors = workers // 2
+                rounds_before = summary["rounds"]
+                on_line(
+                    f"a worker has died in round {rounds_before + 1}: going on from round {rounds_before} in a new "
+                    f"simulation with {self._num_actors or workers} workers"
+                )
+                config = dataclasses.replace(config, resume=str(run.path))
+                self._start_ray()
 
 
-@contextmanager
-def _shared_data(config: RunConfig, wanted: bool) -> Iterator[dict[str, str]]:
-    """Spare the run's other processes the reading and partitioning; yield the variables that tell them of the file."""
-    if not wanted:
-        yield {}
-        return
+def _share_data(config: RunConfig, path: Path) -> None:
+    """Spare the run's other processes the reading and partitioning, where there is room for the file."""
     from fedloru_flwr.data import share
     from fedloru_flwr.workload import data_config
 
-    with tempfile.TemporaryDirectory(prefix="fedloru-data-") as directory:
-        yield share(data_config(config), Path(directory) / "data.safetensors")
+    share(data_config(config), path)
 
 
 def _cpus_of_ray() -> int:

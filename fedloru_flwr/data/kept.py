@@ -1,5 +1,6 @@
 """A run's data as one file, so that its other processes map it into memory and need not read and partition it anew."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,13 +14,13 @@ import torch
 from fedloru_flwr import atomic
 from fedloru_flwr.data.samples import DataConfig, DataSpec
 from fedloru_flwr.data.sources import Source, Stored
+from fedloru_flwr.environment import DATA
 
-VARIABLE = "FEDLORU_DATA"  # names the file in the environment of a run's processes
 _MAX_BYTES = 2**31  # larger data are not worth a copy
 
 
-def keep(config: DataConfig, source: Source, parts: tuple[np.ndarray, ...], path: Path) -> dict[str, str]:
-    """Write the file and return the variables that tell other processes of it; none where there is no room for it."""
+def keep(config: DataConfig, source: Source, parts: tuple[np.ndarray, ...], path: Path) -> None:
+    """Write the file, unless there is no room for it: nothing depends on it."""
     tensors = {
         "train_inputs": source.train.inputs,
         "train_labels": source.train.labels,
@@ -29,18 +30,15 @@ def keep(config: DataConfig, source: Source, parts: tuple[np.ndarray, ...], path
         "ends": torch.from_numpy(np.cumsum([len(part) for part in parts])),
     }
     if sum(tensor.nbytes for tensor in tensors.values()) > _MAX_BYTES:
-        return {}
+        return
     about = {"config": _digest(config), "spec": json.dumps(asdict(source.spec))}
-    try:
+    with contextlib.suppress(OSError):
         atomic.write_tensors(path, tensors, about, durable=False)
-    except OSError:  # there is no room: nothing depends on it
-        return {}
-    return {VARIABLE: str(path)}
 
 
 def kept(config: DataConfig) -> tuple[Source, tuple[np.ndarray, ...]] | None:
     """The source, without groups, and each client's indices, if the file of this process's run holds them."""
-    path = os.environ.get(VARIABLE)
+    path = os.environ.get(DATA)
     return _read(path, config) if path else None
 
 

@@ -39,17 +39,14 @@ def load_central(config: DataConfig) -> tuple[Samples, DataSpec]:
     return source.test.samples(), source.spec
 
 
-def share(config: DataConfig, path: Path) -> dict[str, str]:
-    """Write the data and the partitions into a file for a run's other processes.
-
-    Returns:
-        The environment variables by which these find it; none where there is no room for it.
+def share(config: DataConfig, path: Path) -> None:
+    """Write the data and the partitions into a file for a run's other processes, where there is room for it.
 
     Raises:
         DataError: see `validate`.
     """
     check(config)
-    return keep(config, load_source(config), _partition(config), path)
+    keep(config, load_source(config), _partition(config), path)
 
 
 def partition_indices(config: DataConfig) -> list[np.ndarray]:

@@ -70,9 +70,8 @@ def _check_enough(num_samples: int, groups: Sequence[Any], config: DataConfig) -
 
 
 def _iid(labels: np.ndarray, config: DataConfig) -> list[np.ndarray]:
-    from flwr_datasets.partitioner import IidPartitioner
-
-    return _draw(IidPartitioner(config.num_clients), labels, config.num_clients)
+    """Deal the samples out evenly: what Flower's IidPartitioner gives, whose import takes seconds."""
+    return np.array_split(np.arange(len(labels)), config.num_clients)
 
 
 def _dirichlet(labels: np.ndarray, config: DataConfig) -> list[np.ndarray]:

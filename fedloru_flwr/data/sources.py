@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -113,14 +114,19 @@ def _read(config: DataConfig) -> dict[str, Split]:
 
 
 def _read_digits() -> Split:
-    state = random.getstate()
-    from sklearn.datasets import load_digits
+    path = Path(str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")))
+    if path.exists():  # as `load_digits` reads it, whose import takes seconds
+        rows = np.loadtxt(path, delimiter=",")
+        images, labels = rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(int)
+    else:
+        state = random.getstate()
+        from sklearn.datasets import load_digits
 
-    random.setstate(state)  # the import draws from Python's global generator
-
-    digits = load_digits()
-    inputs = torch.from_numpy(digits.images).float().unsqueeze(1) / 16  # (1797, 1, 8, 8), from 0..16
-    return Split(inputs, digits.target.tolist())
+        random.setstate(state)  # the import draws from Python's global generator
+        digits = load_digits()
+        images, labels = digits.images, digits.target
+    inputs = torch.from_numpy(images).float().unsqueeze(1) / 16  # (1797, 1, 8, 8), from 0..16
+    return Split(inputs, labels.tolist())
 
 
 def encode(splits: dict[str, Split], config: DataConfig) -> tuple[dict[str, Stored], DataSpec]:

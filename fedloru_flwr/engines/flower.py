@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -111,11 +111,10 @@ def run_on_flower(
         raise ValueError(
             f"expected ray_num_cpus >= client_num_cpus ({client_num_cpus}), or no worker fits, got {ray_num_cpus}"
         )
-    mark = uuid.uuid4().hex
-    with _interruptible(), _scratch() as scratch:
-        home = (flower_home or scratch / "home").absolute()
+    with owned_processes() as own:
+        home = (flower_home or own.scratch / "home").absolute()
         home.mkdir(parents=True, exist_ok=True)
-        env = _environment(mark, home, scratch, environment or {})
+        env = own.environment(home, environment or {})
         own_ray = env["RAY_ADDRESS"] == "local"
         federation = {
             "num-supernodes": num_supernodes,
@@ -123,23 +122,59 @@ def run_on_flower(
             "client-resources-num-gpus": float(client_num_gpus),
             **({"init-args-num-cpus": ray_num_cpus} if ray_num_cpus is not None and own_ray else {}),
         }
-        guard = _start_guard(mark, scratch)
-        children: list[subprocess.Popen[str]] = []
+        superlink, port = _start_superlink(home, env, own)
+        connection = {"address": f"{_HOST}:{port}", "insecure": True}
+        config = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
+        (home / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
+        command = [_script("flwr"), "run", str(app_dir.absolute()), CONNECTION, "--stream"]
+        command += ["--federation-config", " ".join(f"{key}={value}" for key, value in federation.items())]
+        if run_config:
+            overrides = own.scratch / "run-config.toml"
+            overrides.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
+            command += ["--run-config", str(overrides)]
+        return _follow(command, env, superlink, home, own, on_line, timeout)
+
+
+@dataclass(frozen=True)
+class OwnedProcesses:
+    """Processes that carry one mark, and a temporary directory of theirs.
+
+    Attributes:
+        mark: what their environment holds.
+        scratch: the directory, with a short name.
+        children: those started from here.
+    """
+
+    mark: str
+    scratch: Path
+    children: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def environment(self, home: Path, given: Mapping[str, str]) -> dict[str, str]:
+        """Their environment: fixed settings over `given` over the caller's over defaults."""
+        return _environment(self.mark, home, self.scratch, given)
+
+    def start(self, command: list[str], env: dict[str, str], *, stdout: int) -> subprocess.Popen[str]:
+        """Start one of them."""
+        child = _popen(command, env, stdout=stdout)
+        self.children.append(child)
+        return child
+
+
+@contextlib.contextmanager
+def owned_processes(grace: float = _GRACE_SECONDS) -> Iterator[OwnedProcesses]:
+    """Give a mark and a directory; end all processes that carry the mark on leaving, even if this one is killed.
+
+    Args:
+        grace: seconds that they have to leave by themselves.
+    """
+    with _interruptible(), _scratch() as scratch:
+        own = OwnedProcesses(uuid.uuid4().hex, scratch)
+        guard = _start_guard(own.mark, scratch)
         try:
-            superlink, port = _start_superlink(home, env, children)
-            connection = {"address": f"{_HOST}:{port}", "insecure": True}
-            config = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
-            (home / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
-            command = [_script("flwr"), "run", str(app_dir.absolute()), CONNECTION, "--stream"]
-            command += ["--federation-config", " ".join(f"{key}={value}" for key, value in federation.items())]
-            if run_config:
-                overrides = scratch / "run-config.toml"
-                overrides.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
-                command += ["--run-config", str(overrides)]
-            return _follow(command, env, superlink, home, children, on_line, timeout)
+            yield own
         finally:
-            _end_processes(mark)
-            for child in children:
+            _end_processes(own.mark, grace)
+            for child in own.children:
                 child.wait()
             guard.terminate()
             guard.wait()
@@ -150,14 +185,13 @@ def _follow(
     env: dict[str, str],
     superlink: subprocess.Popen[str],
     home: Path,
-    children: list[subprocess.Popen[str]],
+    own: OwnedProcesses,
     on_line: Callable[[str], None],
     timeout: float | None,
 ) -> FlowerOutcome:
     """Submit the run, pass its lines on until it ends, and ask how it ended."""
     deadline = None if timeout is None else time.monotonic() + timeout
-    run = _popen(command, env, stdout=subprocess.PIPE)
-    children.append(run)
+    run = own.start(command, env, stdout=subprocess.PIPE)
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=_read_lines, args=(run, lines), daemon=True).start()
     run_id = 0
@@ -225,9 +259,7 @@ def _status(run_id: int, env: dict[str, str], superlink: subprocess.Popen[str], 
         return "lost", f"Flower's SuperLink ended ({superlink.returncode}) during the run:\n{_log_end(home)}"
 
 
-def _start_superlink(
-    home: Path, env: dict[str, str], children: list[subprocess.Popen[str]]
-) -> tuple[subprocess.Popen[str], int]:
+def _start_superlink(home: Path, env: dict[str, str], own: OwnedProcesses) -> tuple[subprocess.Popen[str], int]:
     """Start a SuperLink and return it, listening, with its port."""
     log = home / "superlink.log"
     for _ in range(5):  # another process may take the port between its choice and its use
@@ -236,8 +268,7 @@ def _start_superlink(
             port = int(probe.getsockname()[1])
         command = [_script("flower-superlink"), "--insecure", "--simulation", "--host", _HOST, "--port", str(port)]
         with log.open("w", encoding="utf-8") as output:
-            superlink = _popen(command, env, stdout=output.fileno())
-        children.append(superlink)
+            superlink = own.start(command, env, stdout=output.fileno())
         deadline = time.monotonic() + _START_SECONDS
         while superlink.poll() is None and time.monotonic() < deadline:
             # An answer on the port could be another SuperLink's; the socket's owner is beyond doubt.

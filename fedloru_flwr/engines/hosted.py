@@ -16,10 +16,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedloru_flwr.engines.in_process import FIRST_NODE, VirtualGrid, named, shares
+from fedloru_flwr.environment import SUPERNODES
 from fedloru_flwr.packets import ACTION, Packet, pack_orders, unpack_replies
 from fedloru_flwr.wire import WireError
 
-SUPERNODES = "FEDLORU_SUPERNODES"  # how many there will be, where whoever started the simulation says so
 _SETTLE_SECONDS = 1.0
 _PATIENCE_SECONDS = 30.0
 _POLL_SECONDS = 0.05

@@ -2,9 +2,10 @@ import itertools
 
 import numpy as np
 import pytest
+from flwr_datasets.partitioner import IidPartitioner
 
 from fedloru_flwr.data import DataConfig, DataError
-from fedloru_flwr.data.partitioning import partition, top_up
+from fedloru_flwr.data.partitioning import _draw, _iid, partition, top_up
 
 TEN_CLASSES = np.repeat(np.arange(10), 144)[:1437]
 WRITERS = [f"w{index % 130:03}" for index in range(1437)]
@@ -24,6 +25,13 @@ def test_every_sample_goes_to_exactly_one_client(partitioner: str, seed: int) ->
     parts = partition(TEN_CLASSES, WRITERS, config_of(partitioner, seed=seed))
     assert len(parts) == 100
     assert sorted(itertools.chain(*map(list, parts))) == list(range(1437))
+
+
+@pytest.mark.parametrize("clients", [1, 7, 100, 718])
+def test_iid_parts_are_those_of_flowers_partitioner(clients: int) -> None:
+    config = config_of("iid", num_clients=clients)
+    theirs = _draw(IidPartitioner(clients), TEN_CLASSES, clients)
+    assert [part.tolist() for part in _iid(TEN_CLASSES, config)] == [part.tolist() for part in theirs]
 
 
 @pytest.mark.parametrize("partitioner", ["iid", "dirichlet", "shards"])

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from fedloru_flwr.data import DataConfig, DataError, sources
 from fedloru_flwr.data.samples import Split
-from fedloru_flwr.data.sources import encode, load_source, stratified_split
+from fedloru_flwr.data.sources import _read_digits, encode, load_source, stratified_split
 
 Write = Callable[..., str]
 
@@ -98,6 +98,14 @@ def test_digits_are_scaled_images_split_four_to_one() -> None:
     assert (source.train.inputs.min(), source.train.inputs.max()) == (0.0, 1.0)
     assert source.train.labels.dtype == torch.int64
     assert source.test.labels.bincount().tolist() == [36, 37, 35, 37, 36, 36, 36, 36, 35, 36]
+
+
+def test_the_digits_are_those_that_scikit_learn_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from_file = _read_digits()
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    loaded = _read_digits()
+    assert torch.equal(from_file.inputs, loaded.inputs)
+    assert from_file.labels == loaded.labels
 
 
 def test_a_source_is_loaded_once_for_all_seeds_and_partitioners() -> None:
