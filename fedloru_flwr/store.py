@@ -19,6 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedloru_flwr import atomic
+from fedloru_flwr.environment import STORE
 from fedloru_flwr.lowrank import Entry, digest_tensors
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -31,7 +32,7 @@ def default_store() -> "Store":
 
     Flower's home is ``$FLWR_HOME`` or ``~/.flwr``.
     """
-    if explicit := os.environ.get("FEDLORU_STORE"):
+    if explicit := os.environ.get(STORE):
         return Store(Path(explicit), durable=False)
     home = os.environ.get("FLWR_HOME")
     return Store((Path(home) if home else Path.home() / ".flwr") / "fedloru")
