@@ -21,6 +21,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fedloru_flwr import atomic
+from fedloru_flwr.environment import STORE
 from fedloru_flwr.lowrank import Entry, digest_tensors
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -45,7 +46,7 @@ def default_store() -> "Store":
 
     Flower's home is ``$FLWR_HOME`` or ``~/.flwr``.
     """
-    if explicit := os.environ.get("FEDLORU_STORE"):
+    if explicit := os.environ.get(STORE):
         return _shared_store(explicit)
     home = os.environ.get("FLWR_HOME")
     return Store((Path(home) if home else Path.home() / ".flwr") / "fedloru")

@@ -21,6 +21,8 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedloru_flwr.environment import STORE
+
 Request = tuple[Message, Context]
 Together = Callable[[list[Request]], list[Message | Exception | None]]
 UserConfig = Mapping[str, bool | int | float | str]
@@ -278,14 +280,14 @@ def _task_identity() -> Iterator[None]:
 @contextmanager
 def store_at(directory: Path | None) -> Iterator[dict[str, str]]:
     """Have clients keep what they hold in a directory, by default a temporary one; yield the variables that say so."""
-    before = os.environ.get("FEDLORU_STORE")
+    before = os.environ.get(STORE)
     with tempfile.TemporaryDirectory(prefix="fedloru-") as temporary:
-        variables = {"FEDLORU_STORE": str(directory or temporary)}
+        variables = {STORE: str(directory or temporary)}
         os.environ |= variables
         try:
             yield variables
         finally:
             if before is None:
-                del os.environ["FEDLORU_STORE"]
+                del os.environ[STORE]
             else:
-                os.environ["FEDLORU_STORE"] = before
+                os.environ[STORE] = before
