@@ -193,8 +193,10 @@ class _Factorised(stacked.Stacked):
             return self._forward_stacked(x, weight, bias)
         if self.layout.family == "loha":
             weight = weight + self._hadamard()
-        y = _apply(self, self.layer, x, weight, bias)
         pair = self._pair()
+        if pair is not None and self.layer.kind != "embedding" and weight.numel() <= _SMALL_WEIGHT:
+            weight, pair = weight + self.layer.as_weight(pair[1] @ pair[0]), None
+        y = _apply(self, self.layer, x, weight, bias)
         if pair is None:
             return y
         a, b = pair
@@ -273,6 +275,9 @@ class _Factorised(stacked.Stacked):
         return self._value(key).flatten(2 if self.clients else 1)
 
 
+# Up to here a layer by itself is faster with W + s B A than with three products: measured for convolutions and linear
+# layers on a CPU, where the two meet between 16,000 and 36,000 numbers for any batch.
+_SMALL_WEIGHT = 20_000
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
