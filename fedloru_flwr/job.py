@@ -11,7 +11,7 @@ from torch import nn
 
 from fedloru_flwr.clients.training import choose_device, evaluate
 from fedloru_flwr.config import ConfigError, RunConfig
-from fedloru_flwr.data import Samples
+from fedloru_flwr.data import Samples, partition_indices
 from fedloru_flwr.engines.in_process import VirtualGrid
 from fedloru_flwr.environment import SUPERNODES
 from fedloru_flwr.models import NetworkFactory
@@ -20,7 +20,7 @@ from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_
 from fedloru_flwr.strategies import FederatedStrategy
 from fedloru_flwr.strategies.federated import CommonOptions
 from fedloru_flwr.strategies.inner import server_optimizer
-from fedloru_flwr.workload import network_factory, server_data
+from fedloru_flwr.workload import data_config, network_factory, server_data
 
 
 def check(config: RunConfig) -> None:
@@ -104,6 +104,7 @@ class Job:
             _introduce(console, strategy, config, self.directory, found[0] if found else 0)
             if isinstance(grid, VirtualGrid):
                 grid.on_reply = progress.client_done
+                grid.at_once = min(grid.at_once, self._clients_that_fit())
             strategy.start(
                 grid,
                 strategy.initial_arrays(),
@@ -116,6 +117,16 @@ class Job:
         console.print(closing_table(summary))
         console.print(f"run directory: {self.directory.path}", soft_wrap=True, highlight=False)
         return summary
+
+    def _clients_that_fit(self) -> int:
+        """How many clients are trained at once: a larger share would only keep other processes from training them."""
+        from fedloru_flwr.clients.cohort import clients_that_fit  # which a deployment does without
+
+        if self.samples is None:
+            return self.config.clients_per_batch
+        largest = max(len(part) for part in partition_indices(data_config(self.config)))
+        inputs = self.samples.inputs[:1].expand(min(self.config.batch_size, largest), *self.samples.inputs.shape[1:])
+        return clients_that_fit(self.factory(), inputs, choose_device(self.config.device))
 
     def _central(self, _: int, model: nn.Module) -> dict[str, float]:
         assert self.samples is not None

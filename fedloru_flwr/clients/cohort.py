@@ -55,7 +55,7 @@ def train_cohort(
     if device.type == "cpu":
         keep_freed_memory()
     if max_bytes is None:
-        max_bytes = _MAX_BYTES_CPU if device.type == "cpu" else _MAX_BYTES
+        max_bytes = _budget(device)
     shared = {name: tensor.to(device) for name, tensor in {**model.buffers, **base}.items()}
     order = sorted(range(len(tasks)), key=lambda i: -_steps(tasks[i].samples, how.batch_size))
     fit = 1
@@ -109,8 +109,17 @@ def _bytes_of_one(
     model: FunctionalModel, shared: Mapping[str, Tensor], task: LocalTask, batch_size: int, device: torch.device
 ) -> int:
     """About the memory that one client's training takes: its values, and what a step keeps for the backward pass."""
-    values = {key: value.to(device).detach()[None].requires_grad_() for key, value in task.values.items()}
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*values.values(), *shared.values())}
+    values = {key: value.to(device) for key, value in task.values.items()}
+    kept = _kept_bytes(model, shared, values, task.samples.inputs[:batch_size].to(device))
+    return 1 + _COPIES * sum(value.nbytes for value in values.values()) + 2 * kept
+
+
+def _kept_bytes(
+    model: FunctionalModel, shared: Mapping[str, Tensor], values: Mapping[str, Tensor], inputs: Tensor
+) -> int:
+    """The memory that a client's step keeps for its backward pass."""
+    own = {key: value.detach()[None].requires_grad_() for key, value in values.items()}
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*own.values(), *shared.values())}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -120,8 +129,30 @@ def _bytes_of_one(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model.forward_stacked(values, shared, task.samples.inputs[:batch_size].to(device)[None])
-    return 1 + _COPIES * sum(value.nbytes for value in values.values()) + 2 * sum(kept.values())
+        model.forward_stacked(own, shared, inputs[None])
+    return sum(kept.values())
+
+
+def clients_that_fit(module: nn.Module, inputs: Tensor, device: torch.device) -> int:
+    """About how many clients of this model are trained at once by default; 1 where they cannot be batched.
+
+    Args:
+        module: the plain model; it is not changed.
+        inputs: of one step.
+        device: where clients train.
+    """
+    if obstacle(module) is not None:
+        return 1
+    values = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    kept = _kept_bytes(
+        FunctionalModel(module, dense_leaves=tuple(values)), dict(module.named_buffers()), values, inputs
+    )
+    return max(1, _budget(device) // (1 + 2 * kept))
+
+
+def _budget(device: torch.device) -> int:
+    """About how much memory a batch of clients uses by default."""
+    return _MAX_BYTES_CPU if device.type == "cpu" else _MAX_BYTES
 
 
 class _Schedule:

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from fedloru_flwr.engines.in_process import FIRST_NODE, VirtualGrid, named, shares
 from fedloru_flwr.environment import SUPERNODES
 from fedloru_flwr.packets import ACTION, Packet, pack_orders, unpack_replies
+from fedloru_flwr.strategies.receiving import is_in_memory
 from fedloru_flwr.wire import WireError
 
 _SETTLE_SECONDS = 1.0
@@ -42,7 +43,7 @@ class HostedGrid(VirtualGrid):
         self._grid = grid
         self._hosts = sorted(hosts)
         self._num_clients = num_clients
-        self._at_once = at_once
+        self.at_once = at_once
 
     def set_run(self, run: Any) -> None:
         """Flower's own."""
@@ -68,7 +69,7 @@ class HostedGrid(VirtualGrid):
         """Send the messages to the hosts and return the replies, in the order sent."""
         messages = named(messages)
         sent: dict[int, tuple[Message, list[list[Message]]]] = {}
-        parts = [messages[part] for part in shares(len(messages), self._at_once)] if messages else []
+        parts = [messages[part] for part in shares(len(messages), self.at_once)] if messages else []
         for host, node_id in enumerate(self._hosts):
             own = parts[len(parts) * host // len(self._hosts) : len(parts) * (host + 1) // len(self._hosts)]
             if own:
@@ -109,11 +110,10 @@ def hosted(grid: Grid, num_clients: int, at_once: int) -> Grid:
         num_clients: number of clients.
         at_once: how many clients are trained as one batch at most.
     """
-    from flwr.superlink.grid.inmemory_grid import InMemoryGrid  # with much that clients have no use for
-
-    if not isinstance(grid, InMemoryGrid):
+    if not is_in_memory(grid):
         return grid
-    grid.pull_interval = _POLL_SECONDS / 2  # Flower's own is 0.1 s, of which every phase costs one
+    # Flower's own is 0.1 s, of which every phase costs one.
+    grid.pull_interval = _POLL_SECONDS / 2  # type: ignore[attr-defined]  # it is an InMemoryGrid
     expected = int(os.environ.get(SUPERNODES, "0")) or num_clients
     nodes: list[int] = []
     changed = time.monotonic()

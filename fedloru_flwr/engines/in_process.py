@@ -37,8 +37,10 @@ class VirtualGrid(Grid):
 
     Attributes:
         on_reply: called at every client's reply.
+        at_once: how many clients are one share at most; see `shares`.
     """
 
+    at_once: int
     complete = True  # no more nodes will come: a strategy need not wait for them
 
     def __init__(self) -> None:
@@ -99,7 +101,7 @@ class InProcessGrid(VirtualGrid):
         super().__init__()
         self._app = client_app
         self._handle_together = together
-        self._at_once = at_once
+        self.at_once = at_once
         nodes = range(FIRST_NODE, FIRST_NODE + len(node_configs or range(num_supernodes)))
         self._contexts = {
             node_id: _context(node_id, node_configs[index], run_config)
@@ -148,7 +150,7 @@ class InProcessGrid(VirtualGrid):
 
     def _answers(self, requests: Sequence[Request]) -> Iterator[Message]:
         """The replies to messages that are sent together, in order."""
-        for part in shares(len(requests), self._at_once):
+        for part in shares(len(requests), self.at_once):
             yield from self._answer_share(requests[part])
 
     def _answer_share(self, requests: Sequence[Request]) -> Iterator[Message]:

@@ -65,7 +65,7 @@ class ProcessGrid(InProcessGrid):
             worker.send(_Start(num_supernodes, dict(run_config), dict(environment)))
 
     def _answers(self, requests: Sequence[Request]) -> Iterator[Message]:
-        parts = [requests[part] for part in shares(len(requests), self._at_once)]
+        parts = [requests[part] for part in shares(len(requests), self.at_once)]
         if len(parts) < 2 or not self._workers:
             return super()._answers(requests)
         return _Round(parts, self).replies()

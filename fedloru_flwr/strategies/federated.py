@@ -21,7 +21,6 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import Result, Strategy
-from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from torch import Tensor, nn
 
 from fedloru_flwr import wire
@@ -43,6 +42,7 @@ from fedloru_flwr.strategies.judging import (
 )
 from fedloru_flwr.strategies.orders import Bill, Orders
 from fedloru_flwr.strategies.ranks import RankMap
+from fedloru_flwr.strategies.receiving import is_in_memory
 from fedloru_flwr.strategies.roster import Roster
 from fedloru_flwr.strategies.spread import spread
 from fedloru_flwr.strategies.state import (
@@ -758,7 +758,7 @@ class FederatedStrategy(Strategy):
         Raises:
             WorkerDiedError: in a simulation.
         """
-        in_simulation = getattr(grid, "simulated", isinstance(grid, InMemoryGrid))
+        in_simulation = getattr(grid, "simulated", is_in_memory(grid))
         for client, reply in replies:
             if in_simulation and wire.worker_died(reply):
                 raise WorkerDiedError(

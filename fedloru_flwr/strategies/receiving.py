@@ -7,7 +7,6 @@ from typing import Protocol
 
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
 _WINDOW_BYTES = 256 * 2**20
 _FEWEST, _MOST = 4, 64
@@ -45,10 +44,21 @@ def receive(
     return _let_go(list(grid.send_and_receive(messages, timeout=timeout)))
 
 
+def is_in_memory(grid: Grid) -> bool:
+    """Whether it is the grid of Flower's simulation."""
+    return _flowers_own(grid, "InMemoryGrid") is not None
+
+
 def _is_flowers_own(grid: Grid) -> bool:
     """Whether it sends and receives as Flower does, by pushing and pulling."""
-    own = (InMemoryGrid.send_and_receive, HttpGrid.send_and_receive)
-    return isinstance(grid, InMemoryGrid | HttpGrid) and type(grid).send_and_receive in own
+    kind = _flowers_own(grid, "InMemoryGrid", "HttpGrid")
+    return kind is not None and type(grid).send_and_receive is kind.send_and_receive
+
+
+def _flowers_own(grid: Grid, *names: str) -> type[Grid] | None:
+    """The class of one of these names in Flower's SuperLink that the grid is of; to import them would take seconds."""
+    kinds = type(grid).__mro__
+    return next((k for k in kinds if k.__name__ in names and k.__module__.startswith("flwr.superlink.grid")), None)
 
 
 def _overrides(grid: Grid, name: str, other: str) -> bool:

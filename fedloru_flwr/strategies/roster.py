@@ -8,10 +8,10 @@ from logging import INFO, WARNING
 from flwr.app import Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import choose
+from fedloru_flwr.strategies.receiving import is_in_memory
 
 _POLL_SECONDS = 0.2
 _SETTLE_SECONDS = 1.0
@@ -85,7 +85,7 @@ class Roster:
         """
         start = last_change = last_word = time.monotonic()
         count = -1
-        patience = min(timeout, _SIMULATION_PATIENCE_SECONDS) if isinstance(grid, InMemoryGrid) else timeout
+        patience = min(timeout, _SIMULATION_PATIENCE_SECONDS) if is_in_memory(grid) else timeout
         patience = 0.0 if getattr(grid, "complete", False) else patience
         while True:
             now = time.monotonic()

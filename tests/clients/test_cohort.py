@@ -516,3 +516,12 @@ def test_dropout_that_is_off_and_attention_can_be_batched():
 
 def test_an_active_layer_is_found_without_inputs():
     assert obstacle(nn.Sequential(mlp(), nn.Dropout(0.1))) is not None
+
+
+def test_fewer_clients_fit_where_a_step_keeps_more_and_one_where_none_can_be_batched():
+    x = torch.randn(16, 1, 8, 8)
+    wide = NetworkFactory("resnet10", (1, 8, 8), CLASSES, width=64)()
+    fits = [cohort.clients_that_fit(module, inputs, CPU) for module, inputs in ((cnn(), x), (cnn(), x[:4]), (wide, x))]
+    assert fits[1] == pytest.approx(4 * fits[0], rel=0.4)
+    assert fits[1] > fits[0] > 25 > fits[2] >= 1
+    assert cohort.clients_that_fit(NetworkFactory("resnet10", (1, 8, 8), CLASSES, norm="batch")(), x, CPU) == 1
