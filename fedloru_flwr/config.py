@@ -198,11 +198,8 @@ class RunConfig:
         if self.learning_rate_schedule == "constant":
             free.add("num-server-rounds")
         mine = self.as_mapping()
-        return {
-            key: (settings[key], mine[key])
-            for key in mine
-            if key in settings and key not in free and settings[key] != mine[key]
-        }
+        theirs = {**type(self)().as_mapping(), **settings}  # a setting that was not there yet has its default
+        return {key: (theirs[key], mine[key]) for key in mine if key not in free and theirs[key] != mine[key]}
 
     def _check_method(self) -> None:
         """Refuse settings that the method would ignore, and shares of epochs that make no sense."""

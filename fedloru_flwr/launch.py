@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from fedloru_flwr.config import ConfigError, RunConfig, read_config_file
 from fedloru_flwr.engines.ray_ahead import ray_ahead
@@ -68,7 +68,7 @@ def run(
         What ``summary.json`` holds, and under ``"run_dir"`` where.
 
     Raises:
-        ValueError: a setting makes no sense; nothing was started.
+        ValueError: a setting makes no sense; no client was started.
         RunFailedError: the run failed; what it had saved is in its directory.
     """
     settings = dict(read_config_file(Path(conf))) if conf is not None else {}
@@ -166,19 +166,24 @@ class _Simulation(contextlib.ExitStack):
 
     def __init__(self, store: Path, num_actors: int | None, supernodes: int, gpus_per_client: float) -> None:
         super().__init__()
-        self._run_dir = store.parent
+        self._store = store
         self._num_actors = num_actors
         self._supernodes = supernodes
         self._gpus_per_client = gpus_per_client
+
+    def __enter__(self) -> Self:
+        """Begin to start Ray."""
+        super().__enter__()
         self._data = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="fedloru-data-"))) / "data.safetensors"
         self._variables = {
             "MPLCONFIGDIR": os.environ["MPLCONFIGDIR"],
-            STORE: str(store),
-            SUPERNODES: str(supernodes),
+            STORE: str(self._store),
+            SUPERNODES: str(self._supernodes),
             DATA: str(self._data),
         }
         self._ray = self.enter_context(contextlib.ExitStack())
         self._start_ray()
+        return self
 
     def _start_ray(self) -> None:
         """Begin to start a Ray, in place of the one there was."""
@@ -195,7 +200,7 @@ class _Simulation(contextlib.ExitStack):
         from fedloru_flwr.engines.flower import run_on_flower
         from fedloru_flwr.runs import RunDirectory
 
-        run = RunDirectory(self._run_dir)
+        run = RunDirectory(self._store.parent)
         rounds_before = -1
         _share_data(config, self._data)
         with flower_app() as app_dir:

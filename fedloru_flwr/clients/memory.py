@@ -23,7 +23,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have the C library keep up to 256 MiB of freed memory instead of returning it to the system at every step.
+    """Have the C library keep freed memory, up to 256 MiB at a heap's end, instead of returning it at every step.
 
     A training step's tensors of some MB each are otherwise mapped, zeroed and given back again and again, which takes
     a tenth of the time of a batch of small clients. It is done once a process, with glibc alone, and left to the user

@@ -26,13 +26,15 @@ def partition(labels: np.ndarray, groups: Sequence[Any], config: DataConfig) -> 
     # Ties (which samples of a class, which neighbours) are broken at random, not by the order of the file.
     order = generator("partition", config.seed).permutation(len(labels))
     state = random.getstate()
-    if config.partition_column:
-        by_group = _by_few_groups if config.dataset == "glyphs" else _by_group
-        parts = by_group([groups[index] for index in order], config)
-    else:
-        draw = {"iid": _iid, "dirichlet": _dirichlet, "shards": _shards}[config.partitioner]
-        parts = draw(labels[order], config)
-    random.setstate(state)  # the import of Flower's partitioners draws from Python's global generator
+    try:
+        if config.partition_column:
+            by_group = _by_few_groups if config.dataset == "glyphs" else _by_group
+            parts = by_group([groups[index] for index in order], config)
+        else:
+            draw = {"iid": _iid, "dirichlet": _dirichlet, "shards": _shards}[config.partitioner]
+            parts = draw(labels[order], config)
+    finally:
+        random.setstate(state)  # the import of Flower's partitioners draws from Python's global generator
     parts = top_up(parts, config.min_partition_size, generator("top-up", config.seed))
     return [np.sort(order[part]) for part in parts]
 

@@ -84,7 +84,7 @@ class _Round:
     def replies(self) -> Iterator[Message]:
         """The replies to all shares, in order, each share's as soon as it is done: others train while they are read."""
         first = self._waiting.popleft()  # by whom the replies are wanted, so that they are there early
-        for worker in self._grid._workers:
+        for worker in list(self._grid._workers):  # a dead one is removed meanwhile
             threading.Thread(target=self._hand_out, args=(worker,), daemon=True).start()
         try:
             self._train(first)

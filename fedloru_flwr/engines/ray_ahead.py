@@ -14,8 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 _READY = "FEDLORU_RAY"  # names the file that says where Ray is
 _HOOK = "RAY_RUNTIME_ENV_HOOK"
+_HOLDER = "FEDLORU_RAY_PID"  # the process that holds it
+_UV = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"  # under `uv run`, Ray would take a hook of its own instead
 _START_SECONDS = 120.0
 _POLL_SECONDS = 0.05
 
@@ -45,8 +49,14 @@ def ray_ahead(num_cpus: int | None, modules: Sequence[str], environment: Mapping
         env["RAY_preload_python_modules"] = ",".join(modules)
         arguments = json.dumps({"num_cpus": num_cpus})
         with (own.scratch / "ray.log").open("w", encoding="utf-8") as log:
-            own.start([sys.executable, "-P", "-m", __name__, str(ready), arguments], env, stdout=log.fileno())
-        yield {"RAY_ADDRESS": "", _READY: str(ready), _HOOK: f"{__name__}.{join.__name__}"}
+            holder = own.start([sys.executable, "-P", "-m", __name__, str(ready), arguments], env, stdout=log.fileno())
+        yield {
+            "RAY_ADDRESS": "",
+            _READY: str(ready),
+            _HOLDER: str(holder.pid),
+            _HOOK: f"{__name__}.{join.__name__}",
+            _UV: "0",
+        }
 
 
 def join(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -60,8 +70,9 @@ def join(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
     path = Path(os.environ[_READY])
     deadline = time.monotonic() + _START_SECONDS
     while not path.exists():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"Ray did not start in {_START_SECONDS:g} seconds")
+        if time.monotonic() > deadline or not _is_alive(int(os.environ[_HOLDER])):
+            when = f"in {_START_SECONDS:g} seconds" if time.monotonic() > deadline else "before its process ended"
+            raise RuntimeError(f"Ray did not start {when}:\n{_log_end(path)}")
         time.sleep(_POLL_SECONDS)
     told = json.loads(path.read_text(encoding="utf-8"))
     if "error" in told:
@@ -72,11 +83,26 @@ def join(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
     return {**rest, **({"env_vars": variables} if variables else {})} or None
 
 
+def _is_alive(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def _log_end(ready: Path) -> str:
+    """What the process that starts Ray said last."""
+    try:
+        lines = ready.with_suffix(".log").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-20:])
+
+
 def _hold(ready: Path, arguments: Mapping[str, Any]) -> None:
     """Start Ray, write down where it is, and stay until ended."""
-    import ray
-
     try:
+        import ray
+
         ray.init(address="local", include_dashboard=False, log_to_driver=False, **arguments)
         told = {"address": ray.get_runtime_context().gcs_address}
     except Exception as error:

@@ -8,7 +8,8 @@ or, for the family ``loha``, ``y = (W + s (w1_a w1_b) * (w2_a w2_b)) x + b``.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -119,33 +120,43 @@ class FunctionalModel:
         outputs: Tensor = functional_call(self._module, dict(tensors), (inputs,), tie_weights=False)
         return outputs
 
-    @torch.no_grad()
     def _takes_channels_last(self, tensors: Mapping[str, Tensor], x: Tensor, clients: int) -> bool:
         """Whether the model takes images in that order; ``Tensor.view`` for one does not."""
-        try:
-            self._compute(tensors, x[: max(1, clients)], clients, channels_last=True)
-        except RuntimeError:
-            return False
+        with _trial(x):
+            try:
+                self._compute(tensors, x[: max(1, clients)], clients, channels_last=True)
+            except Exception:  # whatever it is, it is not met in the usual order
+                return False
         return True
 
-    @torch.no_grad()
     def _can_lie_side_by_side(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> bool:
-        """Whether two clients with tensors near ``values`` get the outputs that each has alone."""
+        """Whether two clients with tensors and samples near those given get the outputs that each has alone."""
         noise = torch.Generator().manual_seed(0)
-        two = {
-            key: value[[0, -1]] + 0.1 * torch.randn((2, *value.shape[1:]), generator=noise).to(value)
-            for key, value in values.items()
-        }
-        few = x[[0, -1], :2]
-        alone = [self.forward({key: value[i] for key, value in two.items()}, base, few[i]) for i in range(2)]
-        try:
-            together = self._forward(two, base, few.flatten(0, 1), clients=2)
-        except Exception:  # whatever it is, it is not met where the clients are kept apart
-            return False
+
+        def near(tensor: Tensor) -> Tensor:
+            return tensor + 0.1 * torch.randn(tensor.shape, generator=noise).to(tensor)
+
+        with _trial(x):
+            two = {key: near(value[[0, -1]]) for key, value in values.items()}
+            few = torch.stack([x[0, :2], x[-1].flip(0)[:2]])
+            few = near(few) if x.is_floating_point() else few
+            alone = [self.forward({key: value[i] for key, value in two.items()}, base, few[i]) for i in range(2)]
+            try:
+                together = self._forward(two, base, few.flatten(0, 1), clients=2)
+            except Exception:  # whatever it is, it is not met where the clients are kept apart
+                return False
         expected = torch.cat(alone)
         if together.shape != expected.shape:
             return False
         return bool((together - expected).norm() <= 1e-3 * expected.norm() + 1e-6)
+
+
+@contextmanager
+def _trial(x: Tensor) -> Iterator[None]:
+    """A forward pass of which nothing stays: no gradients, no draws from the global generators, no autocast."""
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 def _stack_parts(module: nn.Module, own: frozenset[str], prefix: str = "") -> None:

@@ -1,6 +1,8 @@
 import contextlib
 import json
 import os
+import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -104,6 +106,11 @@ def test_a_cluster_or_a_hook_of_the_users_is_left_alone(monkeypatch, tag, variab
         assert not tagged(tag)
 
 
+def test_uv_is_kept_from_setting_a_hook_of_its_own(tag):
+    with ray_ahead(1, [], tag) as joining:
+        assert joining["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"
+
+
 def test_settings_that_make_no_sense_end_the_ray_that_was_starting(monkeypatch, tmp_path, tag):
     monkeypatch.setenv("WARM_TAG", tag["WARM_TAG"])
     begun = time.monotonic()
@@ -132,9 +139,17 @@ def test_the_hook_says_where_ray_is_and_leaves_out_the_module_path_alone(monkeyp
 def test_the_hook_tells_why_ray_did_not_start(monkeypatch, tmp_path):
     ready = tmp_path / "ray.json"
     monkeypatch.setenv("FEDLORU_RAY", str(ready))
+    monkeypatch.setenv("FEDLORU_RAY_PID", str(os.getpid()))
     monkeypatch.setattr(module, "_START_SECONDS", 0.1)
     with pytest.raises(RuntimeError, match=r"did not start in 0\.1 seconds"):
         join(None)
+    monkeypatch.setattr(module, "_START_SECONDS", 60)
+    holder = subprocess.Popen([sys.executable, "-c", "pass"])  # and is not waited for: it stays as a zombie
+    monkeypatch.setenv("FEDLORU_RAY_PID", str(holder.pid))
+    (tmp_path / "ray.log").write_text("no such library")
+    with pytest.raises(RuntimeError, match="before its process ended:\nno such library"):
+        join(None)
+    holder.wait()
     ready.write_text(json.dumps({"error": "no room"}))
     with pytest.raises(RuntimeError, match="did not start: no room"):
         join(None)

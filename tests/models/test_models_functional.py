@@ -317,6 +317,36 @@ def test_only_odd_models_are_left_to_vmap(monkeypatch: pytest.MonkeyPatch) -> No
     assert calls
 
 
+@pytest.mark.parametrize("first", [1, CLIENTS], ids=["one client", "several"])
+def test_a_model_that_mixes_samples_is_found_out_whoever_comes_first(first: int) -> None:
+    class Centred(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            """Of what is left beside the batch's mean."""
+            return super().forward(x - x.mean(0))
+
+    model, x = double(nn.Sequential(Centred(5, 4)), torch.randn(CLIENTS, 4, 5))
+    values = {key: value.detach().expand(CLIENTS, *value.shape) for key, value in model.named_parameters()}
+    functional = FunctionalModel(model, dense_leaves=list(values))
+    functional.forward_stacked({key: value[:first] for key, value in values.items()}, {}, x[:first])
+    torch.testing.assert_close(functional.forward_clients(values, {}, x), torch.stack([model(one) for one in x]))
+
+
+def test_a_trial_leaves_the_generators_alone_and_takes_no_part_in_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Dropout(0.5), nn.Flatten())
+    values = {key: value.detach().expand(CLIENTS, *value.shape) for key, value in model.named_parameters()}
+    x = torch.randn(CLIENTS, 2, 3, 5, 5)
+    outputs = []
+    functional = FunctionalModel(model, dense_leaves=list(values))
+    for _ in range(2):
+        torch.manual_seed(3)
+        outputs.append(functional.forward({key: value[0] for key, value in values.items()}, {}, x[0]))
+    assert torch.equal(*outputs)
+    plain = FunctionalModel(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)), dense_leaves=list(values))
+    monkeypatch.setattr(stacked, "vmap", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain.forward_clients(values, {}, x)
+
+
 def test_the_padding_row_of_no_client_gets_a_gradient() -> None:
     model = Tokens(padding_idx=3)
     values = {"tokens.weight": torch.randn(CLIENTS, 9, 8).requires_grad_()}
