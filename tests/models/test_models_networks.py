@@ -7,7 +7,7 @@ from torch import nn
 
 from fedloru_flwr.lowrank import digest_tensors
 from fedloru_flwr.models import MODELS, NetworkFactory, PlanError, ResNet, build_seeded
-from fedloru_flwr.models.networks import seeded_initialisation
+from fedloru_flwr.models.networks import _halved, seeded_initialisation
 from fedloru_flwr.models.plan import has_batch_norm
 
 DIGESTS = {
@@ -149,3 +149,12 @@ def test_a_factory_is_built_under_the_seed_and_the_global_generators_stay_as_the
 def test_a_factory_that_returns_no_module_is_refused() -> None:
     with pytest.raises(PlanError, match=r"must return a torch.nn.Module, it returned dict"):
         build_seeded(dict, 0)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (5, 4)])
+def test_pooling_without_gradients_is_that_with_them(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        pooled = _halved(x)
+    assert torch.equal(pooled, _halved(x))
+    assert torch.equal(pooled, nn.functional.max_pool2d(x, 2))
