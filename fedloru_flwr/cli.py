@@ -3,15 +3,16 @@
 Exit status: 0 done, 1 failed (state saved), 2 bad input (nothing started), 130 interrupted (state saved).
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fedloru_flwr.config import parse_overrides
+from fedloru_flwr.config import ConfigError, parse_overrides
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -113,6 +114,63 @@ def report(
         return ()
 
     _judge(work)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's directory, finished or interrupted.", show_default=False)],
+    format: Annotated[
+        str, typer.Option(help="peft: one LoRA adapter beside the base; merged: the whole model.")
+    ] = "peft",
+    rank: Annotated[
+        int | None, typer.Option(help="For peft: compress every layer's product to this rank.", show_default=False)
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--output-dir", "--out", help="By default export/<format> in the run's directory.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Of a run made by an app of your own: its factory, my_app.task:Net.", show_default=False)
+    ] = "",
+    inputs: Annotated[
+        str,
+        typer.Option(help="A function that returns sample inputs, my_app.task:sample_inputs.", show_default=False),
+    ] = "",
+) -> None:
+    """Write a run's model for peft, transformers or plain torch, and prove that they load it."""
+    from rich.console import Console
+
+    from fedloru_flwr.export import export as export_run
+
+    def work() -> tuple[str, ...]:
+        factory = _named("--model", model) if model else None
+        samples = _named("--inputs", inputs)() if inputs else None
+        exported = export_run(run, format, rank, output_dir, model=factory, inputs=samples)
+        console = Console()
+        if exported.report["layers"]:
+            console.print(exported.table())
+        for line in [*exported.lines(), f"exported to: {exported.path}"]:
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        return ()
+
+    _judge(work)
+
+
+def _named(option: str, text: str) -> Any:
+    """What ``package.module:name`` names, looked for in the directory at hand as well.
+
+    Raises:
+        ConfigError: there is no such thing.
+    """
+    module, _, name = text.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{option} = {text!r} must be of the form package.module:name: {error}") from error
 
 
 def _judge(work: Callable[[], tuple[str, ...]]) -> None:

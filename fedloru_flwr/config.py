@@ -29,6 +29,7 @@ _FREE_WHEN_CONTINUED = (
     "run-name",
     "resume",
     "data-path",
+    "init-adapter",
     "device",
     "checkpoint-every",
     "timeout",
@@ -133,6 +134,7 @@ class RunConfig:
     model_width: int = _setting(0, "channels of the first stage; 0 is the network's default", low=0)
     hidden: str = _setting("256,256", "widths of the multilayer perceptron's hidden layers")
     norm: str = _setting("group", "the ResNets' normalisation", choices=("group", "batch"))
+    init_adapter: str = _setting("", "a PEFT LoRA adapter's directory to start from: it becomes part of W_0")
     seed: int = _setting(0, "of everything random", low=0)
     threads: int = _setting(1, "torch's threads in every process", low=1)
     batched: bool = _setting(True, "train clients as one batch where the engine can (in-process, or on hosts)")

@@ -1,5 +1,6 @@
 """One run from settings to run directory: everything the ServerApp does, whatever engine calls it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,7 +14,6 @@ from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import Samples
 from fedloru_flwr.engines.hosted import HostedGrid
 from fedloru_flwr.engines.in_process import InProcessGrid
-from fedloru_flwr.models import NetworkFactory
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_table
 from fedloru_flwr.strategies import FederatedStrategy
@@ -29,6 +29,10 @@ def check(config: RunConfig) -> None:
         ValueError: `ConfigError`, `DataError`, `PlanError` or `OutputError`, each naming the setting.
     """
     _, spec = server_data(config)
+    if config.init_adapter and not Path(config.init_adapter).is_dir():
+        raise ConfigError(
+            f"init-adapter = {config.init_adapter!r} is no directory: name one that PEFT's save_pretrained has made"
+        )
     _build(config, network_factory(config, spec))  # it refuses what the method cannot do
     choose_device(config.device)
     continued = run_to_continue(config)
@@ -54,7 +58,7 @@ class Job:
 
     config: RunConfig
     samples: Samples | None
-    factory: NetworkFactory
+    factory: Callable[[], nn.Module]
     directory: RunDirectory
 
     @classmethod
@@ -118,7 +122,7 @@ class Job:
         return evaluate(model, self.samples, choose_device(self.config.device))
 
 
-def _build(config: RunConfig, factory: NetworkFactory, **common: Unpack[CommonOptions]) -> FederatedStrategy:
+def _build(config: RunConfig, factory: Callable[[], nn.Module], **common: Unpack[CommonOptions]) -> FederatedStrategy:
     """The strategy with what the settings combine it with.
 
     Raises:

@@ -126,6 +126,8 @@ def _resolve(config: RunConfig) -> RunConfig:
     settings["output-dir"] = str(output_dir)
     if config.data_path:
         settings["data-path"] = str(Path(config.data_path).expanduser().absolute())
+    if config.init_adapter:
+        settings["init-adapter"] = str(Path(config.init_adapter).expanduser().absolute())
     if config.resume not in ("", "auto"):
         settings["resume"] = str(Path(config.resume).expanduser().absolute())
     return RunConfig.from_mapping(settings)
