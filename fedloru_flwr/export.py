@@ -1,8 +1,9 @@
 r"""`fedloru export`: a run's model as PEFT or plain torch and transformers load it.
 
 The model of a run is ``W_0 + sum_i s_i B_i A_i + s B A`` with its dense leaves and running statistics. ``peft`` writes
-what it has beside the untouched ``W_0`` as one LoRA adapter, all pairs concatenated, or compressed to a rank; ``merged``
-writes the whole. Either is loaded again by the plain libraries and compared with the run's model before it is left.
+what it has beside the untouched ``W_0`` as one LoRA adapter, all pairs concatenated, or compressed to a rank;
+``merged`` writes the whole. Either is loaded again by the plain libraries and compared with the run's model before it
+is left.
 """
 
 import contextlib
@@ -151,9 +152,10 @@ def export(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        more = (
-            _export_merged(trained, scratch) if chosen == "merged" else _export_peft(trained, rank, scratch, directory)
-        )
+        if chosen == "merged":
+            more = _export_merged(trained, scratch)
+        else:
+            more = _export_peft(trained, rank, scratch, directory)
         report = {"format": chosen, "rank": rank, **trained.facts(), **more}
         atomic.write_json(scratch / REPORT, report)
         if directory.exists():
@@ -172,7 +174,7 @@ def _checked(format: str, rank: int | None) -> Format:
         raise ExportError(f"rank = {rank} means nothing to format = {format!r}, only to 'peft': leave it out")
     if rank is not None and rank < 1:
         raise ExportError(f"rank = {rank} must be at least 1")
-    return cast("Format", format)
+    return format
 
 
 def _check_free(directory: Path) -> None:
@@ -224,8 +226,8 @@ class Trained:
         factory, adapter = model, ""
         if factory is None:
             factory, inputs, adapter = _of_settings(directory, inputs)
-        elif isinstance(factory, FromAdapter):
-            factory, adapter = factory.factory, factory.path
+        elif isinstance(model, FromAdapter):
+            factory, adapter = model.factory, model.path
         if isinstance(factory, nn.Module):
             factory = _Copies(factory)
         recorded = checkpoint.state["settings"]
@@ -238,14 +240,13 @@ class Trained:
         root = plan.base_of(plain_state(begun))
         if digest_tensors(root) != checkpoint.state["root"]:
             raise ExportError(
-                f"{directory.path}: the model built now does not begin with the weights that the run began with (the "
-                "model, its data or the adapter it began from have changed, or it was made on another kind of machine): "
-                "export where the run was made"
+                f"{directory.path}: the model built now does not begin with the weights that the run began with: the "
+                "model or the adapter it began from has changed, or this is another kind of machine. Export with what "
+                "the run was made with, and where"
             )
         state = state_from_checkpoint(checkpoint, root, plan, seed)
-        lonely = [
-            one.name for one in plan.layers if one.a_key in state.trainables and one.b_key not in state.trainables
-        ]
+        there = state.trainables
+        lonely = [layer.name for layer in plan.layers if layer.a_key in there and layer.b_key not in there]
         if lonely:
             raise ExportError(
                 f"{directory.path}: {recorded['strategy']} has no global model to export, since every client keeps its "
@@ -388,9 +389,7 @@ def _of_settings(directory: RunDirectory, inputs: Inputs | None) -> tuple[Callab
 def _export_merged(trained: Trained, directory: Path) -> dict[str, Any]:
     """Write the whole model and load it again."""
     if all(torch.equal(value, trained.before[name]) for name, value in trained.merged.items()):
-        raise ExportError(
-            f"{trained.directory.path}: the run's model is what it began from; there is nothing to export"
-        )
+        raise ExportError(f"{trained.directory.path}: nothing has changed since the run began; nothing to export")
     own = trained.model()
     if _is_transformers(own):
         cast("Any", own).save_pretrained(directory)
@@ -414,7 +413,7 @@ def _export_peft(trained: Trained, rank: int | None, directory: Path, final: Pat
             "format = 'merged'"
         )
     if not exact.layers:
-        raise ExportError(f"{path}: no factorised layer has changed since the run began; there is nothing to export")
+        raise ExportError(f"{path}: no factorised layer has changed since the run began; nothing to export")
     held = as_peft_holds_it(trained.plain(), exact)
     written, errors = held, dict.fromkeys((layer.name for layer in held.layers), 0.0)
     if rank is not None:
@@ -514,9 +513,7 @@ def _compare(trained: Trained, expected: nn.Module, loaded: nn.Module) -> dict[s
     if len(want) != len(got) or any(one.shape != other.shape for one, other in zip(want, got, strict=True)):
         raise MismatchError("the model that was loaded again has outputs of other shapes; nothing was exported")
     if not want or not all(bool(one.isfinite().all()) for one in want):
-        raise MismatchError(
-            "the run's model gives no outputs, or such that are not finite: there is nothing to compare"
-        )
+        raise MismatchError("the run's model gives no outputs, or such that are not finite; nothing was exported")
     scale = max(float(one.abs().max()) for one in want if one.numel())
     epsilon = max(torch.finfo(value.dtype).eps for value in trained.before.values() if value.is_floating_point())
     difference = _largest(want, got)

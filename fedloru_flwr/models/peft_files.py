@@ -98,19 +98,19 @@ def as_peft_holds_it(model: nn.Module, update: Update) -> Update:
         if odd is None:
             return update
         name, reason = odd
-        layer = factorisable(model, name, 1) if name else "it is the whole model"
-        if isinstance(layer, str):
+        whole = factorisable(model, name, 1) if name else "it is the whole model"
+        if isinstance(whole, str):
             raise AdapterError(
                 f"a PEFT adapter cannot hold what was trained of module {name!r}: {reason}, and it cannot have a pair "
-                f"either, since {layer}. Export it with the format 'merged', or leave it out of dense-leaves"
+                f"either, since {whole}. Export it with the format 'merged', or leave it out of dense-leaves"
             )
-        _check_forward(model, layer)
+        _check_forward(model, whole)
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        value = update.values.get(layer.weight_key, weight)
+        value = update.values.get(whole.weight_key, weight)
         delta = at_least_float32(value.detach().cpu()) - at_least_float32(weight.detach().cpu())
-        a, b = as_pair(layer, {layer.delta_key: delta}) if bool(delta.any()) else _nothing(layer, delta)
-        layer = replace(layer, rank=len(a))
+        a, b = as_pair(whole, {whole.delta_key: delta}) if bool(delta.any()) else _nothing(whole, delta)
+        layer = replace(whole, rank=len(a))
         pair = {layer.a_key: a.reshape(layer.a_shape()), layer.b_key: b.reshape(layer.b_shape())}
         values = {key: value for key, value in update.values.items() if key != layer.weight_key}
         update = Update((*update.layers, layer), {**update.pairs, **pair}, values)
@@ -132,8 +132,8 @@ def _check_forward(model: nn.Module, layer: FactorisedLayer) -> None:
         odd = "torch's fused encoder layer reads W alone in eval mode"
     if odd:
         raise AdapterError(
-            f"a PEFT adapter of layer {layer.name!r} would not compute what the run's model does: {odd}. Export it with "
-            "the format 'merged'"
+            f"a PEFT adapter of layer {layer.name!r} would not compute what the run's model does: {odd}. Export it "
+            "with the format 'merged'"
         )
 
 
@@ -164,7 +164,7 @@ def _cannot_be_saved(model: nn.Module, update: Update) -> Iterator[tuple[str, st
     modules = dict(model.named_modules(remove_duplicate=False))
     for owner in _owners(model, update):
         inside = [target for target in targets if _is_inside(target, owner)]
-        # The two ways in which PEFT matches the names of modules to save: to wrap them, and to leave them without pairs.
+        # PEFT matches the names of modules to save in two ways: to wrap them, and to leave them without pairs.
         wrapped = [name for name in modules if name.endswith(owner)]
         touched = [
             target
@@ -313,18 +313,17 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Update:
         raise AdapterError(f"{path / _CONFIG} cannot be read: {error}") from error
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
-        raise AdapterError(
-            f"the adapter in {path} is of type {kind}, only LORA can be taken up: merge it into the model"
-        )
+        raise AdapterError(f"the adapter in {path} is of type {kind}, not LORA: merge it into the model instead")
     odd = [name for name in _NOT_A_PRODUCT if getattr(config, name, None)]
     if odd:
         raise AdapterError(
-            f"the adapter in {path} is more than a product of factors beside a weight ({', '.join(odd)}): merge it into "
-            "the model"
+            f"the adapter in {path} is more than a product of factors beside a weight ({', '.join(odd)}): merge it "
+            "into the model instead"
         )
     before = plain_state(model)
     inner = open_adapter(copy.deepcopy(model), path).base_model.model
-    layers, pairs = [], {}
+    layers: list[FactorisedLayer] = []
+    pairs: Adapter = {}
     for name, module in inner.named_modules():
         if not isinstance(module, LoraLayer):
             continue
