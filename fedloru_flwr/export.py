@@ -27,6 +27,7 @@ from fedloru_flwr.config import RunConfig
 from fedloru_flwr.lowrank import Adapter, FactorisedLayer, compress, digest_tensors, join, product, relative_difference
 from fedloru_flwr.lowrank.factors import at_least_float32, has_product
 from fedloru_flwr.lowrank.forms import Form
+from fedloru_flwr.models.networks import NetworkFactory
 from fedloru_flwr.models.peft_files import (
     FromAdapter,
     Update,
@@ -54,6 +55,22 @@ _TOLERANCE = 1e-4  # of outputs, in units of the largest; coarser number formats
 _ROUNDINGS = 8
 _LAYER_TOLERANCE = 1e-5  # of a layer's product, relative
 _SAMPLES, _TOKENS = 8, 16
+_CARD = """---
+library_name: peft
+{base}tags:
+- lora
+- federated-learning
+---
+
+# {run}
+
+What a federated run of fedloru-flwr had learnt after round {round}, as a LoRA adapter beside its base.
+`export.json` says how well it agrees with the run's model.
+
+```python
+{snippet}
+```
+"""
 
 
 class ExportError(ValueError):
@@ -78,10 +95,10 @@ class Exported:
 
     def table(self) -> Table:
         """The layers of an adapter: ranks and the relative error of each product."""
-        table = Table(title=f"{self.path}", box=box.SIMPLE_HEAD, title_justify="left")
-        table.add_column("layer")
-        for heading in ("shape", "learnt rank", "exported rank", "relative error"):
-            table.add_column(heading, justify="right")
+        table = Table(title=f"{self.report['run']} as an adapter", box=box.SIMPLE_HEAD, title_justify="left")
+        table.add_column("layer", overflow="fold")
+        for heading in ("shape", "rank", "exported", "relative error"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for name, row in self.report["layers"].items():
             shape = " x ".join(map(str, row["shape"]))
             table.add_row(name, shape, str(row["learnt_rank"]), str(row["rank"]), f"{row['relative_error']:.2e}")
@@ -424,6 +441,7 @@ def _export_peft(trained: Trained, rank: int | None, directory: Path, final: Pat
         written = Update(held.layers, pairs, held.values)
     base, base_name = _write_base(trained, directory, final)
     write_adapter(trained.plain(), written, directory, base_name)
+    (directory / "README.md").write_text(_card(trained, base, base_name), encoding="utf-8")
     again = open_adapter(_load_base(trained, directory, base_name), directory)
     layers = {}
     for layer, found in products(again, held.layers):
@@ -475,6 +493,24 @@ def _load_base(trained: Trained, directory: Path, name: str | None) -> nn.Module
         return model
     own = directory / BASE_DIRECTORY
     return _load_pretrained(model, own if own.exists() else name)
+
+
+def _card(trained: Trained, base: str, base_name: str | None) -> str:
+    """A model card that says how to load the adapter: PEFT's own is a form to fill in."""
+    name, lines = type(trained.plain()).__name__, ["from peft import PeftModel"]
+    if base_name is None:
+        lines += ["from safetensors.torch import load_file"]
+        if isinstance(trained.factory, NetworkFactory):
+            lines += ["from fedloru_flwr.models import NetworkFactory", "", f"model = {trained.factory!r}()"]
+        else:
+            lines += ["", f"model = {name}()  # the network that was trained"]
+        lines += [f'model.load_state_dict(load_file("{base}"))']
+    else:
+        lines += [f"from transformers import {name}", "", f'model = {name}.from_pretrained("{base}")']
+    lines += ['model = PeftModel.from_pretrained(model, ".")']
+    known = "" if base_name is None or Path(base_name).is_absolute() else f"base_model: {base_name}\n"
+    facts = trained.facts()
+    return _CARD.format(base=known, run=facts["run"], round=facts["round"], snippet="\n".join(lines))
 
 
 def _is_transformers(model: nn.Module) -> bool:
