@@ -160,6 +160,7 @@ def export(
     """
     chosen = _checked(format, rank)
     trained = Trained.of_run(run, model, inputs)
+    _check_recorded(trained)
     name = chosen if rank is None else f"{chosen}-rank-{rank}"
     given = trained.directory.path / "export" / name if output_dir is None else Path(output_dir)
     directory = given.expanduser().absolute()
@@ -198,6 +199,29 @@ def _check_free(directory: Path) -> None:
     """Refuse to write over what no export has made."""
     if directory.exists() and not (directory / REPORT).is_file() and (directory.is_file() or any(directory.iterdir())):
         raise ExportError(f"output-dir = '{directory}' holds something that is no export: choose another directory")
+
+
+def _check_recorded(trained: "Trained") -> None:
+    """Refuse a run whose ``model.safetensors`` is not what its newest checkpoint gives, if it is of the same round."""
+    path, summary = trained.directory.path / MODEL_FILE, trained.directory.read_summary()
+    if not path.exists() or summary is None or summary["rounds"] != trained.state.server_round:
+        return
+    recorded, _ = atomic.read_tensors(path)
+    odd = [name for name in {**recorded, **trained.merged} if name not in recorded or name not in trained.merged]
+    odd = odd or [
+        name
+        for name, value in recorded.items()
+        if relative_difference(value, trained.merged[name]) > max(_LAYER_TOLERANCE, _epsilon(value))
+    ]
+    if odd:
+        raise MismatchError(
+            f"{path} is not what the checkpoint of round {trained.state.server_round} gives (it differs in "
+            f"{', '.join(odd[:3])}): one of the two files has been changed; nothing was exported"
+        )
+
+
+def _epsilon(tensor: Tensor) -> float:
+    return float(torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else 0.0
 
 
 @dataclass(frozen=True)
@@ -271,19 +295,24 @@ class Trained:
             )
         return cls(directory, factory, adapter, seed, plan, state, root, inputs)
 
-    def plain(self) -> nn.Module:
-        """A new plain model, before an adapter that the run began with."""
+    @cached_property
+    def untouched(self) -> nn.Module:
+        """The plain model, before an adapter that the run began with; not to be changed."""
         return build_seeded(self.factory, self.seed)
+
+    def plain(self) -> nn.Module:
+        """A copy of `untouched`."""
+        return deepcopy(self.untouched)
 
     @cached_property
     def before(self) -> dict[str, Tensor]:
-        """The state dict of `plain`."""
-        return plain_state(self.plain())
+        """The state dict of `untouched`."""
+        return plain_state(self.untouched)
 
     @cached_property
     def imported(self) -> Update:
-        """What the run began with beside `plain`."""
-        return read_adapter(self.plain(), self.adapter) if self.adapter else Update((), {})
+        """What the run began with beside `untouched`."""
+        return read_adapter(self.untouched, self.adapter) if self.adapter else Update((), {})
 
     @cached_property
     def merged(self) -> dict[str, Tensor]:
@@ -300,7 +329,7 @@ class Trained:
 
     @cached_property
     def update(self) -> Update:
-        """What the run's model has beside `plain`: layers whose product is zero are not among its layers."""
+        """What the run's model has beside `untouched`: layers whose product is zero are not among its layers."""
         layers = {layer.name: layer for layer in self.imported.layers if layer.weight_key not in self.plan.dense_leaves}
         layers |= {layer.name: layer for layer in self.plan.layers}
         pairs: Adapter = {}
@@ -311,7 +340,7 @@ class Trained:
                 pairs |= joined
                 found.append(layer)
         weights = {layer.weight_key for layer in layers.values()}
-        canonical = canonical_names(self.plain())
+        canonical = canonical_names(self.untouched)
         values = {
             name: value
             for name, value in self.merged.items()
@@ -349,7 +378,7 @@ class Trained:
         """
         if self.given is not None:
             return self.given
-        model = self.plain()
+        model = self.untouched
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
         if _is_transformers(model) and isinstance(vocabulary, int):
             positions = getattr(cast("Any", model).config, "max_position_embeddings", None) or _TOKENS
@@ -416,7 +445,7 @@ def _export_merged(trained: Trained, directory: Path) -> dict[str, Any]:
         atomic.write_tensors(directory / MODEL_FILE, trained.merged, {"format": "pt"})
         again = trained.plain()
         again.load_state_dict(load_file(directory / MODEL_FILE))
-    check = _compare(trained, trained.model(), again)
+    check = _compare(trained, again)
     return {"base": "", "layers": {}, "whole_modules": [], "check": check}
 
 
@@ -431,7 +460,7 @@ def _export_peft(trained: Trained, rank: int | None, directory: Path, final: Pat
         )
     if not exact.layers:
         raise ExportError(f"{path}: no factorised layer has changed since the run began; nothing to export")
-    held = as_peft_holds_it(trained.plain(), exact)
+    held = as_peft_holds_it(trained.untouched, exact)
     written, errors = held, dict.fromkeys((layer.name for layer in held.layers), 0.0)
     if rank is not None:
         pairs: Adapter = {}
@@ -461,17 +490,17 @@ def _export_peft(trained: Trained, rank: int | None, directory: Path, final: Pat
     lost = [name for name, value in held.values.items() if not torch.equal(tensors[name].detach(), value)]
     if lost:
         raise MismatchError(f"PEFT does not load what was written of {', '.join(lost[:5])}; nothing was exported")
-    expected = trained.model()
+    compressed = None
     if rank is not None:
-        expected = trained.plain()
-        apply_update(expected, written)
-    check = _compare(trained, expected, again)
+        compressed = trained.plain()
+        apply_update(compressed, written)
+    check = _compare(trained, again, compressed)
     return {"base": base, "layers": layers, "whole_modules": sorted(held.values), "check": check}
 
 
 def _write_base(trained: Trained, directory: Path, final: Path) -> tuple[str, str | None]:
     """Write ``W_0`` unless it can be had by its name; how to come by it for people, and the name for PEFT."""
-    model = trained.plain()
+    model = trained.untouched
     if not _is_transformers(model):
         atomic.write_tensors(directory / BASE_FILE, trained.before, {"format": "pt"})
         return BASE_FILE, None
@@ -487,17 +516,17 @@ def _write_base(trained: Trained, directory: Path, final: Path) -> tuple[str, st
 
 def _load_base(trained: Trained, directory: Path, name: str | None) -> nn.Module:
     """The base as somebody else would come by it."""
-    model = trained.plain()
     if name is None:
+        model = trained.plain()
         model.load_state_dict(load_file(directory / BASE_FILE))
         return model
     own = directory / BASE_DIRECTORY
-    return _load_pretrained(model, own if own.exists() else name)
+    return _load_pretrained(trained.untouched, own if own.exists() else name)
 
 
 def _card(trained: Trained, base: str, base_name: str | None) -> str:
     """A model card that says how to load the adapter: PEFT's own is a form to fill in."""
-    name, lines = type(trained.plain()).__name__, ["from peft import PeftModel"]
+    name, lines = type(trained.untouched).__name__, ["from peft import PeftModel"]
     if base_name is None:
         lines += ["from safetensors.torch import load_file"]
         if isinstance(trained.factory, NetworkFactory):
@@ -537,28 +566,29 @@ def _save_tokenizer(model: nn.Module, directory: Path) -> None:
             AutoTokenizer.from_pretrained(name, local_files_only=True).save_pretrained(directory)
 
 
-def _compare(trained: Trained, expected: nn.Module, loaded: nn.Module) -> dict[str, Any]:
-    """Compare the outputs of what was loaded again with those expected and, for information, the run's.
+def _compare(trained: Trained, loaded: nn.Module, compressed: nn.Module | None = None) -> dict[str, Any]:
+    """Compare the outputs of what was loaded again with those of the run's model, or of what it was compressed to.
 
     Raises:
         MismatchError: they differ by more than rounding; or, where the run has changed the outputs more than rounding
             does, they are nearer to those of the model it began from.
     """
     inputs = trained.inputs
-    want, got = outputs(expected, inputs), outputs(loaded, inputs)
+    run, got = outputs(trained.model(), inputs), outputs(loaded, inputs)
+    want = run if compressed is None else outputs(compressed, inputs)
     if len(want) != len(got) or any(one.shape != other.shape for one, other in zip(want, got, strict=True)):
         raise MismatchError("the model that was loaded again has outputs of other shapes; nothing was exported")
     if not want or not all(bool(one.isfinite().all()) for one in want):
         raise MismatchError("the run's model gives no outputs, or such that are not finite; nothing was exported")
     scale = max(float(one.abs().max()) for one in want if one.numel())
-    epsilon = max(torch.finfo(value.dtype).eps for value in trained.before.values() if value.is_floating_point())
+    epsilon = max(_epsilon(value) for value in trained.before.values())
     difference = _largest(want, got)
-    change = _largest(want, outputs(trained.plain(), inputs))
+    change = _largest(want, outputs(trained.untouched, inputs))
     rounding = 64 * epsilon * scale
     limit = min(max(_TOLERANCE, _ROUNDINGS * epsilon) * scale, max(change / 2, rounding))
     if not difference <= limit:
         raise MismatchError(
-            f"loaded again, the export gives outputs that differ by {difference:.1e} from the run's model's, whose "
+            f"loaded again, the export gives outputs that differ by {difference:.1e} from those expected, whose "
             f"largest is {scale:.1e} and which training has changed by {change:.1e}; expected at most {limit:.1e}. "
             "Nothing was exported"
         )
@@ -567,7 +597,7 @@ def _compare(trained: Trained, expected: nn.Module, loaded: nn.Module) -> dict[s
         "difference": difference,
         "largest_output": scale,
         "change_by_training": change,
-        "difference_from_run": _largest(outputs(trained.model(), inputs), got),
+        "difference_from_run": _largest(run, got),
     }
 
 

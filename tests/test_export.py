@@ -394,7 +394,7 @@ def test_other_outputs_and_a_merge_of_nothing_are_errors(tmp_path, monkeypatch):
 
 def test_a_merge_of_nothing_is_an_error_even_where_training_has_changed_little(tmp_path, monkeypatch):
     strategy = FedLoRU(FACTORY, rank=2, target_modules="layers.0", dense_leaves="none")
-    leave_run(strategy, tmp_path / "run", size=5e-5)
+    leave_run(strategy, tmp_path / "run", size=1.3e-5)
     report = export(tmp_path / "run", "merged", model=FACTORY, inputs=IMAGES).report
     assert 2e-5 < report["check"]["change_by_training"] / report["check"]["largest_output"] < 1e-4
     monkeypatch.setattr(exporting, "load_file", lambda path: FACTORY().state_dict())
@@ -576,6 +576,15 @@ def test_methods_without_factors_or_without_a_global_model_are_refused(tmp_path,
             export(run, format)
 
 
+def test_a_model_file_that_is_not_the_checkpoints_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_small(num_server_rounds=1)
+    state = load_file(run / "model.safetensors")
+    RunDirectory(run).write_model({**state, "layers.1.bias": state["layers.1.bias"] + 1})
+    with pytest.raises(MismatchError, match=r"checkpoint of round 1 gives \(it differs in layers\.1\.bias\)"):
+        export(run)
+
+
 def test_the_command_exports_an_interrupted_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = "num-clients=4 local-epochs=1 model=resnet10 model-width=8 norm=batch accumulate-every=1"
@@ -720,7 +729,7 @@ def test_what_is_no_usable_adapter_is_refused(tmp_path):
 
 def test_a_run_begins_with_the_adapter_its_settings_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    theirs = adapter_of(FACTORY, tmp_path / "adapter", target_modules=["layers.0"], modules_to_save=["head"])
+    theirs = adapter_of(FACTORY, tmp_path / "adapter", target_modules=["layers.0"], modules_to_save=["layers.1"])
     first = run_small(init_adapter="adapter", learning_rate=1e-6, accumulate_every=1)
     began = loaded_with(FACTORY(), load_file(first / "model.safetensors"))
     torch.testing.assert_close(answers(began, IMAGES), answers(theirs, IMAGES), atol=1e-3, rtol=1e-3)
