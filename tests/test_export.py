@@ -633,6 +633,34 @@ def test_the_command_takes_the_model_and_inputs_of_an_app_of_ones_own(tmp_path, 
     assert "compared on 2 sample inputs" in outcome.output
 
 
+def documented(first_line):
+    """The Python block of the document on exports that begins so."""
+    text = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    (block,) = [one for one in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if one.startswith(first_line)]
+    return block
+
+
+def test_the_documented_snippets_run_as_they_stand(tmp_path, monkeypatch, pretrained):
+    monkeypatch.chdir(tmp_path)
+    run = run_small(num_server_rounds=1)
+    names = {"Net": FACTORY, "FedLoRU": FedLoRU}
+    exec(documented("from fedloru_flwr.export import export"), names)
+    assert names["exported"].path == tmp_path / "adapter"
+    exec(documented("from peft import PeftModel"), names)
+    state = load_file(run / "model.safetensors")
+    torch.testing.assert_close(answers(names["model"], IMAGES), answers(loaded_with(FACTORY(), state), IMAGES))
+    exec(documented("from fedloru_flwr.models import FromAdapter"), names)
+    assert torch.equal(names["strategy"]._model.layers[1].weight, state["layers.1.weight"])
+
+    def factory():
+        return LlamaForCausalLM.from_pretrained(pretrained)
+
+    leave_run(FedLoRU(factory, rank=2), tmp_path / "language")
+    export("language", output_dir="adapter", model=factory)
+    exec(documented("from peft import AutoPeftModelForCausalLM"), names)
+    assert answers(names["model"], input_ids=IDS).shape == (2, 5, 50)
+
+
 # --- runs that begin from an adapter -------------------------------------------------------------------------------
 
 
