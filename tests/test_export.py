@@ -34,7 +34,8 @@ from fedloru_flwr.workload import network_factory
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """No pictures, no waiting for the disk, one thread."""
+    """No pictures, no waiting for the disk, one thread, no look at the hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(RunDirectory, "draw_curves", lambda self: None)
     threads = torch.get_num_threads()
@@ -458,7 +459,6 @@ def in_a_fresh_process(tmp_path, **paths):
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
     return torch.load(out)
