@@ -463,8 +463,8 @@ def _export_peft(trained: Trained, rank: int | None, directory: Path, final: Pat
     held = as_peft_holds_it(trained.untouched, exact)
     written, errors = held, dict.fromkeys((layer.name for layer in held.layers), 0.0)
     if rank is not None:
-        pairs: Adapter = {}
-        for layer in held.layers:
+        pairs: Adapter = dict(held.pairs)
+        for layer in exact.layers:  # not the dense leaves that are held as pairs
             pair, errors[layer.name] = compress(layer, held.pairs, rank)
             pairs |= pair
         written = Update(held.layers, pairs, held.values)

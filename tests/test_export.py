@@ -178,7 +178,8 @@ def test_a_compressed_adapter_has_the_error_it_reports(tmp_path, rank):
         key = f"{name}.weight"
         learnt = (merged[key] - before[key]).flatten(1).double()
         singular = torch.linalg.svdvals(learnt)
-        kept = min(rank, row["learnt_rank"])
+        # conv1 is a dense leaf, which is not compressed wherever PEFT holds it
+        kept = row["learnt_rank"] if name == "conv1" else min(rank, row["learnt_rank"])
         assert row["rank"] == kept
         left = (learnt - (folded[key] - before[key]).flatten(1).double()).norm()
         assert float(left / learnt.norm()) == pytest.approx(row["relative_error"], abs=1e-5)
@@ -458,7 +459,7 @@ def in_a_fresh_process(tmp_path, **paths):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return torch.load(out)
