@@ -184,7 +184,7 @@ def test_a_compressed_adapter_has_the_error_it_reports(tmp_path, rank):
         left = (learnt - (folded[key] - before[key]).flatten(1).double()).norm()
         assert float(left / learnt.norm()) == pytest.approx(row["relative_error"], abs=1e-5)
         assert row["relative_error"] == pytest.approx(float(singular[kept:].norm() / singular.norm()), abs=1e-5)
-    if rank == 50:
+    if rank >= 6:  # the learnt ranks
         assert max(row["relative_error"] for row in report["layers"].values()) <= 1e-5
         assert report["check"]["difference_from_run"] < 1e-5
     else:
