@@ -472,8 +472,31 @@ def _export_peft(trained: Trained, rank: int | None, directory: Path, final: Pat
     write_adapter(trained.plain(), written, directory, base_name)
     (directory / "README.md").write_text(_card(trained, base, base_name), encoding="utf-8")
     again = open_adapter(_load_base(trained, directory, base_name), directory)
+    layers = _compare_layers(again, held, written, errors)
+    compressed = None
+    if rank is not None:
+        compressed = trained.plain()
+        apply_update(compressed, written)
+    check = _compare(trained, again, compressed)
+    return {"base": base, "layers": layers, "whole_modules": sorted(held.values), "check": check}
+
+
+def _compare_layers(
+    loaded: Any, held: Update, written: Update, errors: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """What the report says of each layer of an adapter.
+
+    Args:
+        loaded: PEFT's model.
+        held: what the run has learnt.
+        written: the same, or compressed.
+        errors: the relative error that each layer is expected to have.
+
+    Raises:
+        MismatchError: PEFT has loaded something else than was written.
+    """
     layers = {}
-    for layer, found in products(again, held.layers):
+    for layer, found in products(loaded, held.layers):
         measured = relative_difference(product(layer, held.pairs), found)
         if not abs(measured - errors[layer.name]) <= _LAYER_TOLERANCE:
             raise MismatchError(
@@ -486,16 +509,11 @@ def _export_peft(trained: Trained, rank: int | None, directory: Path, final: Pat
             "rank": written.rank_of(layer),
             "relative_error": measured,
         }
-    tensors = plain_tensors(again.base_model.model)
+    tensors = plain_tensors(loaded.base_model.model)
     lost = [name for name, value in held.values.items() if not torch.equal(tensors[name].detach(), value)]
     if lost:
         raise MismatchError(f"PEFT does not load what was written of {', '.join(lost[:5])}; nothing was exported")
-    compressed = None
-    if rank is not None:
-        compressed = trained.plain()
-        apply_update(compressed, written)
-    check = _compare(trained, again, compressed)
-    return {"base": base, "layers": layers, "whole_modules": sorted(held.values), "check": check}
+    return layers
 
 
 def _write_base(trained: Trained, directory: Path, final: Path) -> tuple[str, str | None]:

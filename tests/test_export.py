@@ -1,7 +1,6 @@
 """Exports, as peft, transformers and torch load them; and runs that begin from an adapter."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -31,17 +30,13 @@ from fedloru_flwr.strategies import FedLoRA, FedLoRU, FedPara
 from fedloru_flwr.strategies.state import Outcome, state_to_checkpoint, step
 from fedloru_flwr.workload import network_factory
 
+pytestmark = pytest.mark.usefixtures("fresh_process", "quick_books")
+
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No pictures, no waiting for the disk, one thread, no look at the hub."""
+def no_hub(monkeypatch):
+    """No look at the hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(RunDirectory, "draw_curves", lambda self: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def leave_run(strategy, path, rounds=3, size=0.1):

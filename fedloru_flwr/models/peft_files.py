@@ -299,27 +299,10 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Update:
         AdapterError: if it is no such directory, does not fit the model, changes nothing, or is more than products
             ``s B A`` beside weights and whole modules (DoRA, other methods than LoRA, tokens).
     """
-    from peft import PeftConfig
     from peft.tuners.lora import LoraLayer
 
     path = Path(directory)
-    if not (path / _CONFIG).is_file():
-        raise AdapterError(
-            f"there is no {_CONFIG} in {path}: expected a directory that PEFT's save_pretrained has made"
-        )
-    try:
-        config = PeftConfig.from_pretrained(os.fspath(path))
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise AdapterError(f"{path / _CONFIG} cannot be read: {error}") from error
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind != "LORA":
-        raise AdapterError(f"the adapter in {path} is of type {kind}, not LORA: merge it into the model instead")
-    odd = [name for name in _NOT_A_PRODUCT if getattr(config, name, None)]
-    if odd:
-        raise AdapterError(
-            f"the adapter in {path} is more than a product of factors beside a weight ({', '.join(odd)}): merge it "
-            "into the model instead"
-        )
+    config = _read_config(path)
     before = plain_state(model)
     inner = open_adapter(copy.deepcopy(model), path).base_model.model
     layers: list[FactorisedLayer] = []
@@ -350,6 +333,34 @@ def read_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Update:
     if not changed and not any(bool(product(layer, pairs).any()) for layer in layers):
         raise AdapterError(f"the adapter in {path} changes nothing: its products are zero and it has no other values")
     return Update(tuple(layers), pairs, changed)
+
+
+def _read_config(path: Path) -> Any:
+    """The configuration of a LoRA adapter in a directory.
+
+    Raises:
+        AdapterError: there is none, or it is one of more than products of factors.
+    """
+    from peft import PeftConfig
+
+    if not (path / _CONFIG).is_file():
+        raise AdapterError(
+            f"there is no {_CONFIG} in {path}: expected a directory that PEFT's save_pretrained has made"
+        )
+    try:
+        config = PeftConfig.from_pretrained(os.fspath(path))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise AdapterError(f"{path / _CONFIG} cannot be read: {error}") from error
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        raise AdapterError(f"the adapter in {path} is of type {kind}, not LORA: merge it into the model instead")
+    odd = [name for name in _NOT_A_PRODUCT if getattr(config, name, None)]
+    if odd:
+        raise AdapterError(
+            f"the adapter in {path} is more than a product of factors beside a weight ({', '.join(odd)}): merge it "
+            "into the model instead"
+        )
+    return config
 
 
 @dataclass(frozen=True)
