@@ -460,6 +460,7 @@ def in_a_fresh_process(tmp_path, **paths):
     return torch.load(out)
 
 
+@pytest.mark.slow
 def test_a_language_model_is_loaded_by_transformers_and_peft_alone(tmp_path, pretrained):
     def factory():
         return LlamaForCausalLM.from_pretrained(pretrained)
