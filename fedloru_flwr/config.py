@@ -35,6 +35,7 @@ _FREE_WHEN_CONTINUED = (
     "timeout",
     "max-failure-fraction",
     "aggregation-error",
+    "max-total-bytes",
 )
 
 
@@ -144,6 +145,9 @@ class RunConfig:
     run_name: str = _setting("", "the run's directory; empty is a time stamp")
     checkpoint_every: int = _setting(10, "rounds between checkpoints", low=1)
     resume: str = _setting("", "auto (the run named run-name, if it is there) or a run's directory")
+    max_total_bytes: int = _setting(
+        0, "stop after the round in which the run's bytes, up and down, reach so many; 0: no limit", low=0
+    )
     timeout: float = _setting(3600.0, "seconds to wait for the clients in a round", above=0)
     max_failure_fraction: float = _setting(0.5, "stop if more of a round's clients fail", low=0, high=1)
     max_norm_ratio: float = _setting(

@@ -17,7 +17,7 @@ from fedloru_flwr.engines.in_process import InProcessGrid
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_table
 from fedloru_flwr.strategies import FederatedStrategy
-from fedloru_flwr.strategies.federated import CommonOptions
+from fedloru_flwr.strategies.federated import CommonOptions, ModelSource
 from fedloru_flwr.strategies.inner import server_optimizer
 from fedloru_flwr.workload import network_factory, server_data
 
@@ -33,7 +33,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             f"init-adapter = {config.init_adapter!r} is no directory: name one that PEFT's save_pretrained has made"
         )
-    _build(config, network_factory(config, spec))  # it refuses what the method cannot do
+    build_strategy(config, network_factory(config, spec))  # it refuses what the method cannot do
     choose_device(config.device)
     continued = run_to_continue(config)
     if continued is None:
@@ -73,24 +73,10 @@ class Job:
 
     def strategy(self, progress: RoundProgress | None) -> FederatedStrategy:
         """The strategy the settings describe."""
-        config = self.config
-        common: CommonOptions = {
-            "run_dir": self.directory.path,
-            "resume": "auto",  # the directory is this run's own: new, or to be continued
-            "checkpoint_every": config.checkpoint_every,
-            "max_failure_fraction": config.max_failure_fraction,
-            "max_norm_ratio": config.max_norm_ratio,
-            "observer": progress,
-            "enrol": True,
-            "fraction_train": config.fraction_train,
-            "fraction_evaluate": config.fraction_evaluate,
-            "evaluate_every": config.evaluate_every,
-            "evaluate_all_at_end": True,
-            "min_train_nodes": 1,
-            "min_evaluate_nodes": 1,
-            "min_available_nodes": 1,
-        }
-        return _build(config, self.factory, **common)
+        common = run_options(self.config)
+        common |= {"run_dir": self.directory.path, "observer": progress}
+        common["resume"] = "auto"  # the directory is this run's own: new, or to be continued
+        return build_strategy(self.config, self.factory, **common)
 
     def run(self, grid: Grid, console: Console | None = None) -> dict[str, Any]:
         """Train, show progress, and return the summary."""
@@ -122,8 +108,31 @@ class Job:
         return evaluate(model, self.samples, choose_device(self.config.device))
 
 
-def _build(config: RunConfig, factory: Callable[[], nn.Module], **common: Unpack[CommonOptions]) -> FederatedStrategy:
+def run_options(config: RunConfig) -> CommonOptions:
+    """How the settings have a strategy run, but for where it leaves its files."""
+    return {
+        "checkpoint_every": config.checkpoint_every,
+        "max_failure_fraction": config.max_failure_fraction,
+        "max_norm_ratio": config.max_norm_ratio,
+        "max_total_bytes": config.max_total_bytes,
+        "enrol": True,
+        "fraction_train": config.fraction_train,
+        "fraction_evaluate": config.fraction_evaluate,
+        "evaluate_every": config.evaluate_every,
+        "evaluate_all_at_end": True,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": 1,
+    }
+
+
+def build_strategy(config: RunConfig, model: ModelSource, **common: Unpack[CommonOptions]) -> FederatedStrategy:
     """The strategy with what the settings combine it with.
+
+    Args:
+        config: the settings.
+        model: builds the network, or is one.
+        common: see `FederatedStrategy`.
 
     Raises:
         ValueError: where they make no sense together, with the reason.
@@ -140,7 +149,7 @@ def _build(config: RunConfig, factory: Callable[[], nn.Module], **common: Unpack
     common["proximal_mu"] = config.proximal_mu
     common["scaffold"] = config.scaffold
     common["measure_aggregation"] = config.aggregation_error
-    return ALGORITHMS[config.algorithm].build(config, factory, **common)
+    return ALGORITHMS[config.algorithm].build(config, model, **common)
 
 
 def _introduce(

@@ -5,13 +5,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
-
     from fedloru_flwr.config import RunConfig
     from fedloru_flwr.strategies import FederatedStrategy
-    from fedloru_flwr.strategies.federated import CommonOptions
+    from fedloru_flwr.strategies.federated import CommonOptions, ModelSource
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Algorithm:
         return found
 
     def build(
-        self, config: "RunConfig", model: "Callable[[], nn.Module]", **common: "Unpack[CommonOptions]"
+        self, config: "RunConfig", model: "ModelSource", **common: "Unpack[CommonOptions]"
     ) -> "FederatedStrategy":
         """Make the strategy that the settings describe."""
         own: dict[str, Any] = {"seed": config.seed}

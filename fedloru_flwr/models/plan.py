@@ -501,8 +501,12 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a plain model, detached, on the CPU and not shared with it; tied entries are tied no more."""
-    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    """The state dict of a plain model, detached, on the CPU and not shared with it; tied entries are tied no more.
+
+    Tensors on the meta device, as in a plan, stay there.
+    """
+    values = {name: value.detach() for name, value in model.state_dict().items()}
+    return {name: (value if value.is_meta else value.cpu()).clone() for name, value in values.items()}
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
