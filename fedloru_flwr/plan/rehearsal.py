@@ -150,10 +150,19 @@ class Rehearsal:
         strategy: not started; its model may lie on the meta device, where tensors are taken to be all different.
         cast: who takes part.
         num_rounds: of the run.
+        equals: dense leaves that stay equal to others however they are trained, each with a name that those share;
+            without a name (empty), one that is not trained at all.
     """
 
-    def __init__(self, strategy: FederatedStrategy, cast: Cast, num_rounds: int) -> None:
+    def __init__(
+        self,
+        strategy: FederatedStrategy,
+        cast: Cast,
+        num_rounds: int,
+        equals: Mapping[str, str] | None = None,
+    ) -> None:
         self._strategy = strategy
+        self._equals = dict(equals or {})
         self._cast = cast
         self._num_rounds = num_rounds
         self._number = {client: index for index, client in enumerate(cast.clients)}
@@ -378,8 +387,13 @@ class Rehearsal:
         key = work.rank, work.half
         if key not in self._likes:
             like = self._strategy._reply_like(wire.Work(rank=work.rank, half=work.half))
-            self._likes[key] = {name: Sketch(tuple(tensor.shape), tensor.dtype) for name, tensor in like.items()}
+            self._likes[key] = {name: self._trained(name, Sketch.of(tensor)) for name, tensor in like.items()}
         return self._likes[key]
+
+    def _trained(self, key: str, sketch: Sketch) -> Sketch:
+        """What becomes of a tensor in training."""
+        equals = self._equals.get(key)
+        return sketch if equals == "" else sketch.trained(equals)
 
     def _payload(self, work: wire.Work) -> Sketches:
         """The arrays for a client; see the methods' ``_payload``."""
@@ -419,7 +433,8 @@ class Rehearsal:
         strategy, state = self._strategy, self._state
         plan, half = strategy.plan, strategy._half(server_round)
         state.trainables = {
-            key: sketch if wire.is_frozen(key, half) else sketch.trained() for key, sketch in state.trainables.items()
+            key: sketch if wire.is_frozen(key, half) else self._trained(key, sketch)
+            for key, sketch in state.trainables.items()
         }
         draw = state.draw if plan.one_sided else 0
         rank = strategy.settings.rank

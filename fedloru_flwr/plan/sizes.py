@@ -7,7 +7,7 @@ its data in chunks; a record refers to its parts by digests of fixed length; equ
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -31,12 +31,13 @@ class Sketch:
     Attributes:
         shape: its shape.
         dtype: its number format.
-        value: the number that all its elements are, such as 0; None: a tensor that is like no other.
+        value: the number that all its elements are, such as 0, or a name that equal tensors share; None: a tensor that
+            is like no other.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
-    value: float | None = None
+    value: float | str | None = None
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Sketch":
@@ -57,9 +58,9 @@ class Sketch:
         """The bytes of its elements."""
         return self.numel * self.dtype.itemsize
 
-    def trained(self) -> "Sketch":
-        """The tensor after training or averaging: like no other."""
-        return Sketch(self.shape, self.dtype)
+    def trained(self, equals: str | None = None) -> "Sketch":
+        """The tensor after training or averaging: like those of the name ``equals``, or like no other."""
+        return Sketch(self.shape, self.dtype, equals)
 
 
 Sketches = Mapping[str, Sketch]
@@ -157,7 +158,7 @@ def safetensors_bytes(tensors: Sketches, header: str | None = None) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _array(shape: tuple[int, ...], dtype: torch.dtype, value: float | None) -> tuple[Part, tuple[Part, ...]]:
+def _array(shape: tuple[int, ...], dtype: torch.dtype, value: float | str | None) -> tuple[Part, tuple[Part, ...]]:
     """The Array object of a tensor, and its distinct chunks."""
     # NumPy lacks bfloat16: such a tensor travels as integers of the same bits.
     sent = np.dtype("int16") if dtype == torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
@@ -171,7 +172,8 @@ def _array(shape: tuple[int, ...], dtype: torch.dtype, value: float | None) -> t
     for start in range(0, total, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE):
         length = min(FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, total - start)
         # The first chunk begins with the header, which tells the shape.
-        key = None if value is None else (sent.str, value, length, shape if start == 0 else None)
+        place = start if isinstance(value, str) else 0
+        key = None if value is None else (sent.str, value, length, shape if start == 0 else None, place)
         if key is None or key not in seen:
             numbers.append(len(chunks))
             if key is not None:
@@ -231,6 +233,6 @@ def _varint(number: int) -> int:
     return max(1, -(-number.bit_length() // 7))
 
 
-def total_nbytes(tensors: Sequence[Sketch] | Iterable[Sketch]) -> int:
+def total_nbytes(tensors: Iterable[Sketch]) -> int:
     """The bytes of the elements of several tensors."""
     return sum(sketch.nbytes for sketch in tensors)

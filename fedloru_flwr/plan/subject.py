@@ -1,7 +1,8 @@
 """What a plan is of: a model without its weights, a batch, and how many samples each client has."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,7 @@ class Subject:
         inputs: one batch, on the meta device: ``(batch, *sample shape)``, or token ids ``(batch, length)``.
         train: how many samples each client trains on.
         held_out: how many it evaluates on.
+        equals: parameters that stay equal however they are trained, see `equal_leaves`.
         assumptions: what is not known and was taken for granted, for people.
     """
 
@@ -40,6 +42,7 @@ class Subject:
     inputs: Tensor
     train: tuple[int, ...]
     held_out: tuple[int, ...]
+    equals: Mapping[str, str]
     assumptions: tuple[str, ...] = ()
 
     def cast(self, config: RunConfig, strategy: FederatedStrategy, version: str) -> Cast:
@@ -80,7 +83,7 @@ def subject_of(
         model = _transformers_model(str(transformers))
         inputs = torch.empty(config.batch_size, sequence_length, dtype=torch.long, device="meta")
         train, held_out, more = _assumed_samples(config, examples)
-        return Subject(f"{transformers}", model, inputs, train, held_out, (told, more))
+        return Subject(f"{transformers}", model, inputs, train, held_out, {}, (told, more))
     assumptions: tuple[str, ...] = ()
     is_unseen = config.dataset == "clients" or (
         config.dataset.startswith("hub:") and bool(config.sample_shape and config.num_classes)
@@ -97,12 +100,46 @@ def subject_of(
     factory = network_factory(config, spec)
     with torch.device("meta"):
         model = factory()
-    if sum(parameter.numel() for parameter in model.parameters()) <= _BUILT_PARAMETERS:
-        model = build_seeded(factory, config.seed)  # equal initial tensors travel once
-    else:
-        assumptions += ("the initial weights are taken to be all different; equal ones would travel once",)
     inputs = torch.empty(config.batch_size, *spec.input_shape, device="meta")
-    return Subject(f"{config.model} on {config.dataset}", model, inputs, train, held_out, assumptions)
+    equals: dict[str, str] = {}
+    if sum(parameter.numel() for parameter in model.parameters()) <= _BUILT_PARAMETERS:
+        model = build_seeded(factory, config.seed)  # equal tensors travel once
+        equals = equal_leaves(model, inputs)
+    else:
+        assumptions += ("the weights are taken to be all different; equal tensors would travel once",)
+    return Subject(f"{config.model} on {config.dataset}", model, inputs, train, held_out, equals, assumptions)
+
+
+def equal_leaves(model: nn.Module, inputs: Tensor) -> dict[str, str]:
+    """Parameters that begin equal and always have equal gradients, such as the biases of two branches that are added.
+
+    Told by one backward pass of a copy on random inputs.
+
+    Args:
+        model: with its weights.
+        inputs: of their shape; two or more samples.
+
+    Returns:
+        By parameter the name of the first that it is equal to; an empty one for a parameter without a gradient.
+    """
+    trial = deepcopy(model).train()
+    generator = torch.Generator().manual_seed(0)
+    outputs = trial(torch.randn(2, *inputs.shape[1:], generator=generator))
+    (outputs * torch.randn(outputs.shape, generator=generator)).sum().backward()
+    first: dict[tuple[bytes, bytes], str] = {}
+    found = {}
+    for name, parameter in trial.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            found[name] = ""
+            continue
+        values = tuple(part.detach().numpy().tobytes() for part in (parameter, parameter.grad))
+        key = (repr(tuple(parameter.shape)).encode() + values[0], values[1])
+        if key in first:
+            found |= {name: first[key], first[key]: first[key]}
+        first.setdefault(key, name)
+    return found
 
 
 def _assumed_samples(config: RunConfig, examples: int) -> tuple[tuple[int, ...], tuple[int, ...], str]:
