@@ -6,6 +6,7 @@ every client answers every message, no client has lost what it held, and trainin
 """
 
 import json
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -175,6 +176,7 @@ class Rehearsal:
         self._statistics = {name: Sketch.of(tensor) for name, tensor in strategy.state.statistics.items()}
         self._likes: dict[tuple[int, wire.Half], dict[str, Sketch]] = {}
         self._scale = strategy.plan.scale
+        self._keeps_client_state = strategy._keeps_client_state
         self._state = _State({key: Sketch.of(tensor) for key, tensor in strategy.state.trainables.items()})
 
     # --- the run ---------------------------------------------------------------------------------------------------
@@ -251,6 +253,7 @@ class Rehearsal:
             extras = safetensors_bytes({f"{wire.CONTROL}{key}": sketch for key, sketch in like.items()})
         version = len(state.entries)
         supplies: dict[int, tuple[wire.SupplyKind, int] | None] = {}
+        answers: dict[int, int] = {}
         orders: dict[tuple[int, wire.Work], tuple[int, int]] = {}
         replies: dict[object, int] = {}
         for client in drawn:
@@ -260,7 +263,10 @@ class Rehearsal:
                 supplies[held] = self._supply(held, server_round)
             if (supply := supplies[held]) is not None:
                 kind, size = supply
-                answer = self._answer(client, server_round)
+                spelt = len(urllib.parse.quote(client, safe=""))
+                if spelt not in answers:
+                    answers[spelt] = self._answer(client, server_round)
+                answer = answers[spelt]
                 bill.add("down", kind, size)
                 bill.add("up", kind, answer)
                 down, up = down + size, up + answer
@@ -280,16 +286,17 @@ class Rehearsal:
         return drawn
 
     def _work(self, client: str, half: wire.Half) -> wire.Work:
+        """What a client is to do; see `FederatedStrategy`."""
         strategy, state = self._strategy, self._state
-        work = wire.Work(draw=state.draw, half=half, proximal_mu=strategy.proximal_mu, scaffold=strategy.scaffold)
-        if not strategy.ranks.uniform:
-            work = replace(work, rank=strategy.ranks.of(client))
-        if strategy._keeps_client_state:
-            counted = state.counted.get(client, 0)
-            before = state.counted_before
-            safe = before[0].get(client, 0) if len(before) > 1 else 0
-            work = replace(work, run=_TOKEN, counted=counted, keep_from=safe if self._cast.is_saved else counted)
-        return work
+        rank = 0 if strategy.ranks.uniform else strategy.ranks.of(client)
+        if not self._keeps_client_state:
+            return wire.Work(rank, state.draw, half, proximal_mu=strategy.proximal_mu)
+        counted = state.counted.get(client, 0)
+        before = state.counted_before
+        safe = before[0].get(client, 0) if len(before) > 1 else 0
+        keep_from = safe if self._cast.is_saved else counted
+        mu, scaffold = strategy.proximal_mu, strategy.scaffold
+        return wire.Work(rank, state.draw, half, _TOKEN, counted, keep_from, mu, scaffold)
 
     def _is_supplied(self, held: int) -> wire.SupplyKind | None:
         """What goes ahead of the order for a client that has so many entries: a base, entries, or nothing."""
@@ -461,6 +468,24 @@ class Rehearsal:
         return tensors
 
     # --- what the plan says beside the rows ------------------------------------------------------------------------
+
+    @property
+    def ledger_bytes(self) -> int:
+        """The numbers of all accumulated entries, in bytes."""
+        return sum(entry.nbytes for entry in self._state.entries)
+
+    @property
+    def received_bytes(self) -> int:
+        """The numbers that a client of full rank receives in a round, in bytes."""
+        return total_nbytes(self._payload(wire.Work()).values())
+
+    @property
+    def replies_bytes(self) -> int:
+        """The numbers that a round's clients send at most, in bytes."""
+        strategy = self._strategy
+        count = participants(len(self._cast.clients), strategy.fraction_train, strategy._at_least["train"])
+        halves: tuple[wire.Half, ...] = (strategy._half(1), strategy._half(2))
+        return count * max(total_nbytes(self._like(wire.Work(half=half)).values()) for half in halves)
 
     def catch_up(self, rounds: Sequence[int], versions: Sequence[int]) -> list[CatchUp]:
         """What a client is sent in the last round that has been away for so many rounds before it.
