@@ -97,6 +97,55 @@ def compare(
 
 
 @app.command()
+def plan(
+    conf: Annotated[Path | None, typer.Argument(help="A TOML file of settings.", show_default=False)] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option("--config", "-c", help='Settings over the file\'s: "rank=8 learning-rate=0.05".'),
+    ] = None,
+    all_methods: Annotated[bool, typer.Option("--all-methods", help="Every method with these settings.")] = False,
+    output: Annotated[str, typer.Option("--format", help="table, or json.")] = "table",
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw it too, into a file .svg or .png.", show_default=False)
+    ] = None,
+    bandwidth: Annotated[
+        list[str] | None,
+        typer.Option(help="A client's DOWN/UP in Mbit/s, or DOWN/UP/SERVER; may be given again.  [default: 100/20]"),
+    ] = None,
+    transformers: Annotated[
+        str | None,
+        typer.Option(help="A transformers model instead: its config.json, directory or name.", show_default=False),
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sample of such a model.")] = 512,
+    examples: Annotated[
+        int, typer.Option(help="Samples a client trains on where its data is not at hand; 0: 100.")
+    ] = 0,
+) -> None:
+    """Tell what a run will cost before it starts: bytes, memory, transfer times; no weights, no training."""
+    os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")
+    from fedloru_flwr.plan.command import show_plan
+
+    def work() -> tuple[str, ...]:
+        settings: dict[str, object] = {}
+        for text in config or []:
+            settings |= parse_overrides(text)
+        show_plan(
+            conf,
+            settings,
+            output=output,
+            picture=picture,
+            bandwidths=bandwidth or ["100/20"],
+            all_methods=all_methods,
+            transformers=transformers,
+            sequence_length=sequence_length,
+            examples=examples,
+        )
+        return ()
+
+    _judge(work)
+
+
+@app.command()
 def report(
     dirs: Annotated[
         list[Path], typer.Argument(help="Output directories of fedloru compare, or run directories.", metavar="DIR...")

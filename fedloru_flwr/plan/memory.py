@@ -15,7 +15,7 @@ from fedloru_flwr.config import RunConfig
 from fedloru_flwr.models.functional import FunctionalModel
 from fedloru_flwr.models.layout import Layout, shapes
 from fedloru_flwr.plan.rehearsal import Rehearsal
-from fedloru_flwr.plan.sizes import Sketch, total_nbytes
+from fedloru_flwr.plan.sizes import Sketch
 from fedloru_flwr.strategies import FederatedStrategy
 
 _MOMENTS = {"none": 0, "fedavgm": 1, "fedadam": 2, "fedyogi": 2, "fedadagrad": 2}
@@ -172,7 +172,9 @@ def _storage(tensor: Tensor) -> int:
     return place
 
 
-def server_memory(config: RunConfig, strategy: FederatedStrategy, rehearsal: Rehearsal, model: nn.Module) -> ServerMemory:
+def server_memory(
+    config: RunConfig, strategy: FederatedStrategy, rehearsal: Rehearsal, model: nn.Module
+) -> ServerMemory:
     """What the server holds at the end of a run.
 
     Args:
@@ -184,8 +186,9 @@ def server_memory(config: RunConfig, strategy: FederatedStrategy, rehearsal: Reh
     state = strategy.state
     plain = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     base = sum(tensor.nbytes for tensor in state.base.values())
-    folded = sum(state.base[layer.weight_key].nbytes for layer in strategy.plan.layers if layer.weight_key in state.base)
-    trainables = total_nbytes(Sketch.of(tensor) for tensor in state.trainables.values())
+    keys = (layer.weight_key for layer in strategy.plan.layers)
+    folded = sum(state.base[key].nbytes for key in keys if key in state.base)
+    trainables = sum(tensor.nbytes for tensor in state.trainables.values())
     moments = _MOMENTS[config.server_optimizer] + int(config.scaffold)
     return ServerMemory(
         model=plain + base + (folded if rehearsal.ledger_bytes else 0),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 
 from fedloru_flwr.config import ConfigError, RunConfig, name_to_key, read_config_file
 from fedloru_flwr.job import build_strategy, run_options
+from fedloru_flwr.lowrank import FactorisedLayer
+from fedloru_flwr.models.layout import shapes, shared_keys
 from fedloru_flwr.plan.memory import ClientMemory, ServerMemory, client_memory, server_memory
 from fedloru_flwr.plan.rehearsal import CatchUp, PlannedRound, Rehearsal
 from fedloru_flwr.plan.subject import Subject, subject_of
@@ -313,20 +316,13 @@ def _layers(strategy: FederatedStrategy, subject: Subject) -> tuple[PlannedLayer
     plan = strategy.plan
     sizes = {name: tuple(parameter.shape) for name, parameter in subject.model.named_parameters()}
     counts = {name: parameter.numel() for name, parameter in subject.model.named_parameters()}
+    layout = plan.layout()
     found = []
     for layer in plan.layers:
-        one = {"hadamard": 2 * layer.rank * (layer.in_features + layer.out_features), "compressed": 0}
-        if plan.one_sided:
-            trained = layer.rank * layer.out_features
-        else:
-            trained = one.get(plan.form, layer.rank * (layer.in_features + layer.out_features))
-        if plan.form == "compressed":
-            trained = counts[layer.weight_key]
-        found.append(
-            PlannedLayer(
-                layer.name, layer.kind, tuple(layer.weight_shape), layer.rank, trained, counts[layer.weight_key]
-            )
-        )
+        own = {key: math.prod(shape) for key, shape in shapes(layer, layout)} | counts
+        trained = sum(own[key] for key in _trained_keys(strategy, layer))
+        weight = layer.weight_shape
+        found.append(PlannedLayer(layer.name, layer.kind, weight, layer.rank, trained, math.prod(weight)))
     factorised = {layer.weight_key for layer in plan.layers}
     found += [
         PlannedLayer(name, "dense", sizes[name], 0, counts[name], counts[name])
@@ -334,6 +330,13 @@ def _layers(strategy: FederatedStrategy, subject: Subject) -> tuple[PlannedLayer
         if name not in factorised
     ]
     return tuple(found)
+
+
+def _trained_keys(strategy: FederatedStrategy, layer: FactorisedLayer) -> tuple[str, ...]:
+    """What of a factorised layer is trained, but for what is a client's own."""
+    if strategy.plan.form == "compressed":
+        return (layer.weight_key,)
+    return (layer.b_key,) if strategy.plan.one_sided else shared_keys(layer, strategy.plan.family)
 
 
 def grouped(layers: Sequence[PlannedLayer]) -> list[tuple[str, int, PlannedLayer]]:

@@ -35,7 +35,6 @@ from fedloru_flwr.strategies import FederatedStrategy, FedExLoRA, FedLoRUSeeded,
 from fedloru_flwr.strategies.flexlora import ProductStrategy
 from fedloru_flwr.strategies.orders import Bill
 from fedloru_flwr.strategies.roster import participants
-from fedloru_flwr.strategies.state import fresh_factors
 
 _DIGEST = "0" * 64
 _TOKEN = "0" * 16
@@ -170,14 +169,14 @@ class Rehearsal:
         base = strategy.state.base
         self._base = {name: Sketch.of(tensor) for name, tensor in base.items()}
         self._base_nbytes = total_nbytes(self._base.values())
-        self._fresh = {
-            key: Sketch.of(tensor) for key, tensor in fresh_factors(base, strategy.plan, strategy.seed, 0).items()
-        }
         self._statistics = {name: Sketch.of(tensor) for name, tensor in strategy.state.statistics.items()}
         self._likes: dict[tuple[int, wire.Half], dict[str, Sketch]] = {}
         self._scale = strategy.plan.scale
         self._keeps_client_state = strategy._keeps_client_state
         self._state = _State({key: Sketch.of(tensor) for key, tensor in strategy.state.trainables.items()})
+        factors = set(strategy.plan.factor_keys)
+        self._fresh = {key: sketch for key, sketch in self._state.trainables.items() if key in factors}
+        self._sizes: dict[object, int] = {}
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
@@ -241,9 +240,7 @@ class Rehearsal:
     ) -> list[str]:
         strategy, state = self._strategy, self._state
         count = participants(len(self._cast.clients), fraction, strategy._at_least[phase])
-        drawn = choose(
-            strategy.seed, "participants", phase, server_round, items=list(self._cast.clients), count=count
-        )
+        drawn = choose(strategy.seed, "participants", phase, server_round, items=list(self._cast.clients), count=count)
         trains = phase == "train"
         purpose = "trainables" if trains else "evaluation"
         half: wire.Half = strategy._half(server_round) if trains else "both"
@@ -311,7 +308,7 @@ class Rehearsal:
         kind = self._is_supplied(held)
         if kind is None:
             return None
-        missing = self._state.entries[held:] if kind == "entries" else []
+        missing, base = (self._state.entries[held:], {}) if kind == "entries" else ([], self._base)
         hollow = wire.supply_content(
             kind,
             root=_DIGEST,
@@ -319,7 +316,7 @@ class Rehearsal:
             settings=self._strategy.settings,
             template=_template(server_round),
             entries=[entry.link for entry in missing],
-            base={name: torch.empty(0, dtype=sketch.dtype) for name, sketch in self._base.items()},
+            base={name: torch.empty(0, dtype=sketch.dtype) for name, sketch in base.items()},
         )
         if kind == "base":
             arrays = arrays_bytes(self._base)
@@ -353,7 +350,10 @@ class Rehearsal:
         statistics = safetensors_bytes(self._statistics) if self._statistics else 0
         blobs = {wire.EXTRAS: extras, wire.ENTRIES: entries, wire.STATISTICS: statistics}
         config = {**_config_of(hollow), **{name: Blob(size) for name, size in blobs.items() if size}}
-        arrays = arrays_bytes(self._payload(work))
+        key = "down", work.rank
+        if key not in self._sizes:
+            self._sizes[key] = arrays_bytes(self._payload(work))
+        arrays = self._sizes[key]
         return content_bytes({wire.ARRAYS: arrays, wire.CONFIG: config_bytes(config)}), entries
 
     def _reply(
@@ -373,7 +373,10 @@ class Rehearsal:
         config: dict[str, object] = dict(_config_of(hollow))
         records = {wire.METRICS: metrics_bytes(metrics)}
         if trains:
-            records[wire.ARRAYS] = arrays_bytes(self._sent(work, single))
+            of_arrays = "up", work.rank, work.half, single
+            if of_arrays not in self._sizes:
+                self._sizes[of_arrays] = arrays_bytes(self._sent(work, single))
+            records[wire.ARRAYS] = self._sizes[of_arrays]
             if self._statistics:
                 config[wire.STATISTICS] = Blob(safetensors_bytes(self._statistics))
             if extras:
@@ -394,7 +397,11 @@ class Rehearsal:
         key = work.rank, work.half
         if key not in self._likes:
             like = self._strategy._reply_like(wire.Work(rank=work.rank, half=work.half))
-            self._likes[key] = {name: self._trained(name, Sketch.of(tensor)) for name, tensor in like.items()}
+            now = self._state.trainables
+            self._likes[key] = {
+                name: self._trained(name, Sketch(tuple(tensor.shape), tensor.dtype, value=_value_of(now.get(name))))
+                for name, tensor in like.items()
+            }
         return self._likes[key]
 
     def _trained(self, key: str, sketch: Sketch) -> Sketch:
@@ -439,10 +446,12 @@ class Rehearsal:
         """What the server makes of the replies."""
         strategy, state = self._strategy, self._state
         plan, half = strategy.plan, strategy._half(server_round)
-        state.trainables = {
-            key: sketch if wire.is_frozen(key, half) else self._trained(key, sketch)
-            for key, sketch in state.trainables.items()
-        }
+        self._become(
+            {
+                key: sketch if wire.is_frozen(key, half) else self._trained(key, sketch)
+                for key, sketch in state.trainables.items()
+            }
+        )
         draw = state.draw if plan.one_sided else 0
         rank = strategy.settings.rank
         ranks = [self._work(client, half).rank or rank for client in drawn]
@@ -456,14 +465,20 @@ class Rehearsal:
             state.entries.append(_EntrySketch(adapter, self._scale, draw))
             if strategy.reinit == "reset":
                 state.draw += 1
-                fresh = {key: sketch for key, sketch in self._fresh.items() if key in state.trainables}
-                state.trainables = {**state.trainables, **fresh}
+                self._become({**state.trainables, **self._fresh})
+
+    def _become(self, trainables: dict[str, Sketch]) -> None:
+        """Take other trainables; sizes told of those before are forgotten."""
+        if trainables != self._state.trainables:
+            self._state.trainables = trainables
+            self._sizes.clear()
 
     def _stacked(self, ranks: Sequence[int]) -> dict[str, Sketch]:
         """Pairs side by side, or their product where that is smaller; see `fedloru_flwr.lowrank.stacked`."""
         tensors: dict[str, Sketch] = {}
         for layer in self._strategy.plan.layers:
-            dtype = self._fresh[layer.a_key].dtype
+            is_double = self._base[layer.weight_key].dtype == torch.float64
+            dtype = torch.float64 if is_double else torch.float32
             tensors |= {key: Sketch(shape, dtype) for key, shape in _stacked_shapes(layer, sum(ranks)).items()}
         return tensors
 
@@ -515,6 +530,10 @@ def _stacked_shapes(layer: FactorisedLayer, rank: int) -> Mapping[str, tuple[int
     if rank * (rows + columns) >= rows * columns:
         return {layer.delta_key: layer.weight_shape}
     return {layer.a_key: layer.a_shape(rank), layer.b_key: layer.b_shape(rank)}
+
+
+def _value_of(sketch: Sketch | None) -> float | str | None:
+    return None if sketch is None else sketch.value
 
 
 def _template(server_round: int) -> RecordDict:

@@ -44,7 +44,13 @@ def test_arrays_that_are_like_no_other_add_up():
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"a": 1}, {"a": 63, "b": 64, "c": 8192, "d": -5, "e": 0}, {"a": True, "b": 0.0, "c": "ä" * 100}, {"a": b"1" * 200}],
+    [
+        {},
+        {"a": 1},
+        {"a": 63, "b": 64, "c": 8192, "d": -5, "e": 0},
+        {"a": True, "b": 0.0, "c": "ä" * 100},
+        {"a": b"1" * 200},
+    ],
 )
 def test_a_config_record_has_the_bytes_that_are_told(values):
     assert sizes.config_bytes(values) == len(ConfigRecord(values).deflate())
