@@ -77,6 +77,8 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
 
 def _bars(axes: "Axes", title: str, names: Sequence[str], parts: dict[str, list[int]]) -> None:
     """Stacked bars, the first name on top, each with its sum at the end."""
+    from matplotlib.ticker import MaxNLocator
+
     ends = [0] * len(names)
     places = range(len(names))
     for colour, (part, sizes) in zip(_COLOURS, parts.items(), strict=False):
@@ -91,8 +93,9 @@ def _bars(axes: "Axes", title: str, names: Sequence[str], parts: dict[str, list[
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * max([*ends, 1]))
     axes.set_title(title, fontsize=10.5, color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
     axes.tick_params(axis="x", labelsize=8.5, labelcolor=_INK)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(fontsize=8.5, frameon=False, loc="lower right")
+    axes.legend(fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(_COLOURS))

@@ -47,7 +47,12 @@ CASES = {
         "accumulate-every": 4,
         "fraction-evaluate": 0.5,
     },
-    "evaluation now and then": {"algorithm": "fedloru", "reinit": "keep", "fraction-evaluate": 0.4, "evaluate-every": 2},
+    "evaluation now and then": {
+        "algorithm": "fedloru",
+        "reinit": "keep",
+        "fraction-evaluate": 0.4,
+        "evaluate-every": 2,
+    },
     "stacked": {"algorithm": "fedloru", "accumulate-every": 2, "accumulate-into": "stack"},
     "entries and bases ahead": {
         "algorithm": "fedloru",

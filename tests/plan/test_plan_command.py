@@ -45,9 +45,7 @@ LLAMA_3_8B = {
 
 def shown(output="table", picture=None, **more):
     console = Console(file=io.StringIO(), width=140)
-    found = show_plan(
-        None, SMALL, output=output, picture=picture, bandwidths=["100/20"], console=console, **more
-    )
+    found = show_plan(None, SMALL, output=output, picture=picture, bandwidths=["100/20"], console=console, **more)
     return found, console.file.getvalue()
 
 
@@ -180,7 +178,9 @@ def test_data_that_is_not_at_hand_is_taken_for_granted():
 
 def test_layers_that_differ_by_a_number_are_shown_as_one(tmp_path):
     (tmp_path / "config.json").write_text(
-        json.dumps({**LLAMA_3_8B, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 100, "num_hidden_layers": 3})
+        json.dumps(
+            {**LLAMA_3_8B, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 100, "num_hidden_layers": 3}
+        )
     )
     settings = {**SMALL, "target-modules": "q_proj,v_proj", "dense-leaves": "none"}
     method = plan(None, settings, transformers=tmp_path).methods[0]
