@@ -62,7 +62,7 @@ def test_json_holds_every_figure():
     assert content == json.loads(json.dumps(found.as_json()))
     by_name = {method["algorithm"]: method for method in content["methods"]}
     assert set(by_name) | set(content["refused"]) == set(ALGORITHMS)
-    assert list(by_name)[0] == "fedloru"
+    assert next(iter(by_name)) == "fedloru"
     rounds = by_name["fedavg"]["rounds"]
     assert sum(row["bytes_up"] for row in rounds) == by_name["fedavg"]["total_bytes_up"]
     assert by_name["fedlora"]["left_out"] == ["accumulate-every"]
@@ -177,11 +177,8 @@ def test_data_that_is_not_at_hand_is_taken_for_granted():
 
 
 def test_layers_that_differ_by_a_number_are_shown_as_one(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps(
-            {**LLAMA_3_8B, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 100, "num_hidden_layers": 3}
-        )
-    )
+    small = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 100, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_3_8B, **small}))
     settings = {**SMALL, "target-modules": "q_proj,v_proj", "dense-leaves": "none"}
     method = plan(None, settings, transformers=tmp_path).methods[0]
     assert [(name, count) for name, count, _ in grouped(method.layers)] == [

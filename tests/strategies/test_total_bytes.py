@@ -93,8 +93,9 @@ def test_a_run_may_be_continued_with_another_limit():
 class Wanted:
     """As much of a comparison's run as places look at."""
 
-    key, method, seed, at, choice = "k", "m", 0, {}, {}
-    settings = {"num-server-rounds": 9}
+    def __init__(self):
+        self.key, self.method, self.seed, self.at, self.choice = "k", "m", 0, {}, {}
+        self.settings = {"num-server-rounds": 9}
 
 
 def test_a_comparison_takes_a_stopped_run_for_finished(tmp_path):
