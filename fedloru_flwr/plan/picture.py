@@ -98,4 +98,4 @@ def _bars(axes: "Axes", title: str, names: Sequence[str], parts: dict[str, list[
     axes.tick_params(axis="x", labelsize=8.5, labelcolor=_INK)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(_COLOURS))
+    axes.legend(fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)
