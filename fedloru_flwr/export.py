@@ -412,7 +412,7 @@ class _Copies:
 
 def _of_settings(directory: RunDirectory, inputs: Inputs | None) -> tuple[Callable[[], nn.Module], Inputs | None, str]:
     """The factory of the plain model, sample inputs and the adapter that a run's settings name."""
-    from fedloru_flwr.workload import network_factory, server_data
+    from fedloru_flwr.workload import plain_network, server_data
 
     recorded = directory.read_manifest().get("config")
     if not recorded:
@@ -422,14 +422,11 @@ def _of_settings(directory: RunDirectory, inputs: Inputs | None) -> tuple[Callab
         )
     config = RunConfig.from_mapping(recorded)
     samples, spec = server_data(config)
-    factory: Callable[[], nn.Module] = network_factory(config, spec)
-    if isinstance(factory, FromAdapter):
-        factory = factory.factory
     if inputs is None and samples is not None:
         inputs = samples.inputs[:_SAMPLES]
     elif inputs is None and spec.input_shape:
         inputs = torch.randn((_SAMPLES, *spec.input_shape), generator=torch.Generator().manual_seed(0))
-    return factory, inputs, config.init_adapter
+    return plain_network(config, spec), inputs, config.init_adapter
 
 
 def _export_merged(trained: Trained, directory: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_
 from fedloru_flwr.strategies import FederatedStrategy
 from fedloru_flwr.strategies.federated import CommonOptions, ModelSource
 from fedloru_flwr.strategies.inner import server_optimizer
-from fedloru_flwr.workload import network_factory, server_data
+from fedloru_flwr.workload import check_init_adapter, network_factory, server_data
 
 
 def check(config: RunConfig) -> None:
@@ -29,10 +29,7 @@ def check(config: RunConfig) -> None:
         ValueError: `ConfigError`, `DataError`, `PlanError` or `OutputError`, each naming the setting.
     """
     _, spec = server_data(config)
-    if config.init_adapter and not Path(config.init_adapter).is_dir():
-        raise ConfigError(
-            f"init-adapter = {config.init_adapter!r} is no directory: name one that PEFT's save_pretrained has made"
-        )
+    check_init_adapter(config)
     build_strategy(config, network_factory(config, spec))  # it refuses what the method cannot do
     choose_device(config.device)
     continued = run_to_continue(config)

@@ -83,13 +83,30 @@ def network_factory(config: RunConfig, spec: DataSpec) -> Callable[[], nn.Module
     Raises:
         ConfigError: if it cannot take the data's samples.
     """
-    plain = _plain_network(config, spec)
+    plain = plain_network(config, spec)
     if config.init_adapter and Path(config.init_adapter).is_dir():
         return FromAdapter(plain, config.init_adapter)
     return plain
 
 
-def _plain_network(config: RunConfig, spec: DataSpec) -> NetworkFactory:
+def check_init_adapter(config: RunConfig) -> None:
+    """Refuse an ``init-adapter`` that is not there.
+
+    Raises:
+        ConfigError: it names no directory.
+    """
+    if config.init_adapter and not Path(config.init_adapter).is_dir():
+        raise ConfigError(
+            f"init-adapter = {config.init_adapter!r} is no directory: name one that PEFT's save_pretrained has made"
+        )
+
+
+def plain_network(config: RunConfig, spec: DataSpec) -> NetworkFactory:
+    """The network that fits the data, before any adapter.
+
+    Raises:
+        ConfigError: if it cannot take the data's samples.
+    """
     try:
         return NetworkFactory(
             name=config.model,

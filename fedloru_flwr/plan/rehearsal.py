@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import Entry, choose
 from fedloru_flwr.lowrank.factors import FactorisedLayer
+from fedloru_flwr.models.layout import nested_keys
 from fedloru_flwr.plan.sizes import (
     Blob,
     Sketch,
@@ -437,9 +438,9 @@ class Rehearsal:
         like = self._like(work)
         strategy, now = self._strategy, self._state.trainables
         if single_step and isinstance(strategy, MFedLoRU) and strategy._is_nested(work):
-            # Where B is zero, the first step leaves A_d at zero: its gradient has B as a factor.
-            down = {f"{layer.a_key}_down" for layer in strategy.plan.layers if now[layer.b_key].value == 0}
-            return {key: replace(sketch, value=0.0) if key in down else sketch for key, sketch in like.items()}
+            # Where B is zero, the first step leaves A_u at zero: its gradient has B as a factor.
+            zero = {nested_keys(layer)[1] for layer in strategy.plan.layers if now[layer.b_key].value == 0}
+            return {key: replace(sketch, value=0.0) if key in zero else sketch for key, sketch in like.items()}
         return like
 
     def _settle(self, server_round: int, drawn: Sequence[str]) -> None:

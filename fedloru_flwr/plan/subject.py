@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedloru_flwr import wire
 from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import DataSpec, partition_indices
 from fedloru_flwr.data.loading import held_out_count
@@ -17,10 +18,11 @@ from fedloru_flwr.models import build_seeded
 from fedloru_flwr.models.plan import has_batch_norm
 from fedloru_flwr.plan.rehearsal import Cast
 from fedloru_flwr.strategies import FederatedStrategy
-from fedloru_flwr.workload import data_config, network_factory, server_data
+from fedloru_flwr.workload import check_init_adapter, data_config, network_factory, plain_network, server_data
 
 _BUILT_PARAMETERS = 50_000_000
 _ASSUMED_EXAMPLES = 100
+_MEASURES = ("accuracy", "loss")
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Subject:
         """Who takes part in the run of these settings."""
         joins = has_batch_norm(self.model)
         prefixes = ("",) * strategy.has_global_model + ("personal-",) * strategy.has_personal_model
+        received = [f"{wire.RECEIVED}{prefixes[-1]}{name}" for name in _MEASURES] if config.evaluate_in_training else []
         return Cast(
             clients=tuple(str(index) for index in range(config.num_clients)),
             train=self.train,
             held_out=self.held_out,
             steps=tuple(config.local_epochs * _steps(count, config.batch_size, joins) for count in self.train),
-            evaluate_metrics=tuple(f"{prefix}{name}" for prefix in prefixes for name in ("accuracy", "loss")),
+            train_metrics=("train_loss", *received),
+            evaluate_metrics=tuple(f"{prefix}{name}" for prefix in prefixes for name in _MEASURES),
             version=version,
         )
 
@@ -84,6 +88,7 @@ def subject_of(
         inputs = torch.empty(config.batch_size, sequence_length, dtype=torch.long, device="meta")
         train, held_out, more = _assumed_samples(config, examples)
         return Subject(f"{transformers}", model, inputs, train, held_out, {}, (told, more))
+    check_init_adapter(config)
     assumptions: tuple[str, ...] = ()
     is_unseen = config.dataset == "clients" or (
         config.dataset.startswith("hub:") and bool(config.sample_shape and config.num_classes)
@@ -99,7 +104,7 @@ def subject_of(
         train = tuple(count - held for count, held in zip(counts, held_out, strict=True))
     factory = network_factory(config, spec)
     with torch.device("meta"):
-        model = factory()
+        model = plain_network(config, spec)()
     inputs = torch.empty(config.batch_size, *spec.input_shape, device="meta")
     equals: dict[str, str] = {}
     if sum(parameter.numel() for parameter in model.parameters()) <= _BUILT_PARAMETERS:

@@ -1,21 +1,25 @@
 """A plan's bytes are those that a run of the same settings writes down, to the byte."""
 
-import json
 import os
 
 import pytest
 import torch
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
+from peft import LoraConfig, get_peft_model
 
 from fedloru_flwr import launch, wire
 from fedloru_flwr.clients import LowRankSession
+from fedloru_flwr.config import ConfigError, RunConfig
+from fedloru_flwr.data import DataSpec
 from fedloru_flwr.engines.in_process import InProcessGrid
 from fedloru_flwr.plan import plan
 from fedloru_flwr.plan.rehearsal import Cast, Rehearsal
 from fedloru_flwr.plan.subject import equal_leaves
 from fedloru_flwr.registry import ALGORITHMS
+from fedloru_flwr.runs import RunDirectory
 from fedloru_flwr.strategies import FedLoRU, FedLoRUSeeded
+from fedloru_flwr.workload import plain_network
 
 SMALL = {
     "num-clients": 6,
@@ -82,6 +86,21 @@ CASES = {
         "num-server-rounds": 2,
     },
     "one step a round": {"algorithm": "mfedloru", "ranks": "2:0.5,4:0.5", "batch-size": 512},
+    "nested pairs after one step and after more": {
+        "algorithm": "mfedloru",
+        "hidden": "32,32,32",
+        "ranks": "2:0.5,4:0.5",
+        "batch-size": 512,
+        "accumulate-every": 3,
+        "nested-scale": 0.5,
+    },
+    "evaluation in training": {"algorithm": "fedloru", "evaluate-in-training": True, "accumulate-every": 2},
+    "evaluation of personal models in training": {
+        "algorithm": "pfedloru",
+        "local-epochs": 4,
+        "evaluate-in-training": True,
+    },
+    "evaluation in training without a global model": {"algorithm": "fedsa-lora", "evaluate-in-training": True},
     "a limit": {"algorithm": "fedloru", "max-total-bytes": 250_000, "fraction-evaluate": 0.5},
     "a server optimiser": {"algorithm": "ffa-lora", "server-optimizer": "fedadam", "model": "cnn"},
     "clients of many sizes": {
@@ -94,11 +113,13 @@ CASES = {
 }
 
 
-def assert_planned(settings, tmp_path):
+def leave_run(settings, tmp_path):
     launch.run(None, {**settings, "output-dir": str(tmp_path), "run-name": "run"}, engine="in-process")
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["round"] > 0]
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def assert_planned(settings, tmp_path):
+    run = RunDirectory.open(tmp_path / "run")
+    rows, summary = [row for row in run.read_rounds() if row["round"] > 0], run.read_summary()
     planned = plan(None, settings).methods[0]
     for mine, row in zip(planned.rounds, rows, strict=True):
         assert mine.bytes_by_purpose == row["bytes_by_purpose"], row["round"]
@@ -110,14 +131,41 @@ def assert_planned(settings, tmp_path):
     assert planned.stopped == (summary["status"] == "stopped")
 
 
+pytestmark = pytest.mark.usefixtures("fresh_process", "quick_books")
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_method_sends_what_was_planned(algorithm, tmp_path):
-    assert_planned({**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm}, tmp_path)
+    settings = {**SMALL, **OWN.get(algorithm, {}), "algorithm": algorithm}
+    leave_run(settings, tmp_path)
+    assert_planned(settings, tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_settings_send_what_was_planned(case, tmp_path):
-    assert_planned({**SMALL, **CASES[case]}, tmp_path)
+    settings = {**SMALL, **CASES[case]}
+    leave_run(settings, tmp_path)
+    assert_planned(settings, tmp_path)
+
+
+def test_a_run_that_was_stopped_and_goes_on_sends_what_was_planned_of_the_whole(tmp_path):
+    settings = {**SMALL, "algorithm": "fedloru", "accumulate-every": 2}
+    leave_run({**settings, "max-total-bytes": 100_000}, tmp_path)
+    assert RunDirectory.open(tmp_path / "run").read_summary()["rounds"] < settings["num-server-rounds"]
+    leave_run({**settings, "resume": "auto"}, tmp_path)
+    assert_planned(settings, tmp_path)
+
+
+def test_a_run_that_begins_with_an_adapter_sends_what_was_planned(tmp_path):
+    settings = {**SMALL, "algorithm": "fedloru", "accumulate-every": 2, "num-server-rounds": 3}
+    network = plain_network(RunConfig.from_mapping(settings), DataSpec((1, 8, 8), 10))()
+    wrapped = get_peft_model(network, LoraConfig(r=2, target_modules=["layers.0"], init_lora_weights=False))
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    settings["init-adapter"] = str(tmp_path / "adapter")
+    leave_run(settings, tmp_path)
+    assert_planned(settings, tmp_path)
+    with pytest.raises(ConfigError, match="is no directory"):
+        plan(None, {**settings, "init-adapter": str(tmp_path / "none")})
 
 
 def tiny_llama():
