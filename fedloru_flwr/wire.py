@@ -506,7 +506,8 @@ def make_reply(
     )
 
 
-def _reply_records(reply: Reply, arrays: ArrayRecord | None, arrays_key: str, config_key: str) -> RecordDict:
+def reply_records(reply: Reply, arrays: ArrayRecord | None, arrays_key: str, config_key: str) -> RecordDict:
+    """The content of a reply's message; without ``arrays`` one that has none."""
     header: dict[str, Any] = {
         "protocol": PROTOCOL_VERSION,
         "client": reply.client,
@@ -569,7 +570,7 @@ class ReadyReply(Message):
         """The records, made at first use."""
         if self.__dict__.pop("_ready", False):
             arrays = to_record(self.reply.tensors) if self.trained else None
-            self.__dict__["_content"] = _reply_records(self.reply, arrays, self.arrays_key, self.config_key)
+            self.__dict__["_content"] = reply_records(self.reply, arrays, self.arrays_key, self.config_key)
         return super().content
 
     @content.setter
@@ -594,7 +595,7 @@ class ReadyReply(Message):
                 arrays = to_record(self.reply.tensors)
             else:
                 known = {id(arrays): _size_of_stand_in(arrays)}
-        content = _reply_records(self.reply, arrays, self.arrays_key, self.config_key)
+        content = reply_records(self.reply, arrays, self.arrays_key, self.config_key)
         self._size = content_bytes(content, known), extras_bytes(content)
         return self._size
 

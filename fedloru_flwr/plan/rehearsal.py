@@ -370,7 +370,8 @@ class Rehearsal:
         names = cast.train_metrics if trains else cast.evaluate_metrics
         metrics: dict[str, float] = {**dict.fromkeys(names, 0.5), self._strategy.settings.weighted_by: examples}
         order = self._read_order(server_round)
-        hollow = wire.reply_content(order, client=client, metrics=_no_metrics())
+        told = wire.make_reply(order, client=client, metrics=MetricRecord())
+        hollow = wire.reply_records(told, None, wire.ARRAYS, wire.CONFIG)
         config: dict[str, object] = dict(_config_of(hollow))
         records = {wire.METRICS: metrics_bytes(metrics)}
         if trains:
@@ -544,7 +545,3 @@ def _template(server_round: int) -> RecordDict:
 
 def _config_of(content: RecordDict) -> ConfigRecord:
     return next(iter(content.config_records.values()))
-
-
-def _no_metrics() -> MetricRecord:
-    return MetricRecord({wire.NUM_EXAMPLES: 1})
