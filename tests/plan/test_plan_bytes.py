@@ -111,6 +111,14 @@ CASES = {
         "dirichlet-alpha": 0.2,
     },
 }
+LONG = {"client state over many rounds", "clients of many sizes", "entries and bases ahead", "running statistics"}
+LIKE_OTHERS = {
+    "a server optimiser",
+    "evaluation now and then",
+    "evaluation in training without a global model",
+    "nested pairs after one step and after more",
+    "scaffold with fedavg",
+}
 
 
 def leave_run(settings, tmp_path):
@@ -141,7 +149,10 @@ def test_every_method_sends_what_was_planned(algorithm, tmp_path):
     assert_planned(settings, tmp_path)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case in LONG or case in LIKE_OTHERS else ()) for case in CASES],
+)
 def test_settings_send_what_was_planned(case, tmp_path):
     settings = {**SMALL, **CASES[case]}
     leave_run(settings, tmp_path)
@@ -213,7 +224,7 @@ class Watch:
 
 
 @pytest.mark.parametrize("strategy", [FedLoRU, FedLoRUSeeded])
-@pytest.mark.parametrize("dense_leaves", ["all", "none"])
+@pytest.mark.parametrize("dense_leaves", [pytest.param("all", marks=pytest.mark.slow), "none"])
 def test_a_language_model_sends_what_was_planned(strategy, dense_leaves):
     watch = Watch()
 

@@ -205,6 +205,7 @@ print(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru
 """
 
 
+@pytest.mark.slow
 def test_a_llama_of_eight_billion_is_planned_from_its_configuration_alone(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(LLAMA_3_8B))
