@@ -111,8 +111,9 @@ def run(
     summary = RunDirectory.open(path).read_summary()
     if summary is None:
         raise RunFailedError(f"the run ended without a summary; what it saved is in {path}")
-    # The run may be continued with more rounds: what clients have of their own is kept, the rest can be sent again.
-    for part in ("bases", "entries", "clients"):
+    # The run may be continued with more rounds: what clients have of their own is kept, the rest can be sent again; not
+    # after a limit on bytes.
+    for part in ("bases", "entries", "clients") if summary["status"] != "stopped" else ():
         shutil.rmtree(store / part, ignore_errors=True)
     with contextlib.suppress(OSError):
         store.rmdir()
