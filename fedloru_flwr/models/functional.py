@@ -26,13 +26,14 @@ _FAST_CHANNELS = 8  # oneDNN's grouped convolution is up to four times slower wh
 class FunctionalModel:
     """A model that takes its tensors as arguments, for one client or for many at once.
 
-    It is built from a copy of ``module``, in training mode. Not to be called from several threads at once.
+    It is built from a copy of ``module``, by default in training mode. Not to be called from several threads at once.
 
     Args:
         module: the plain model; it is not changed.
         layers: its factorised layers.
         layout: what each of them holds; needed where there are layers.
         dense_leaves: parameters that each client has for itself.
+        training: whether dropout drops and batch normalisation uses the batch's statistics.
 
     Attributes:
         keys: of a client's values, in order: adapter tensors, then dense leaves.
@@ -47,8 +48,10 @@ class FunctionalModel:
         layers: Sequence[FactorisedLayer] = (),
         layout: Layout | None = None,
         dense_leaves: Sequence[str] = (),
+        *,
+        training: bool = True,
     ) -> None:
-        self._module = copy.deepcopy(module).train().requires_grad_(False)
+        self._module = copy.deepcopy(module).train(training).requires_grad_(False)
         self.layers = tuple(layers)
         self.buffers = dict(self._module.named_buffers())
         adapters: list[str] = []
