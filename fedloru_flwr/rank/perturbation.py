@@ -25,7 +25,7 @@ part of a Hessian, ``H_N = (1/N) sum_i x_i x_i^T`` with Gaussian ``x_i`` of cova
 - ``E ||H_N||_F^2 = (1 + 1/N) sum_t t^2 + (sum_t t)^2 / N``, exactly;
 - with ``gamma = R / N`` and a bulk of ``t = b``, an outlier ``theta = b l`` lies at ``b l (1 + gamma / (l - 1))`` if
   ``l > 1 + sqrt(gamma)``, and the edge at ``b (1 + sqrt(gamma))^2`` (Baik and Silverstein, arXiv math/0408165).
-  With ``b = 0`` it lies at ``theta (1 + tr_rest / (N theta))`` for a finite trace of the rest: at ``theta``.
+  With ``b = 0`` it lies at ``theta``.
 
 There the stable rank *falls* as the sample gets smaller. Which of the two a network's Hessian resembles is a matter of
 measurement, not of this theory.

@@ -8,10 +8,11 @@ r"""The stable rank of a symmetric operator, from products alone.
 
 **Frobenius norm.** With ``P = V^T V`` the projector on what Lanczos has found,
 
-.. math:: \|H\|_F^2 = \|H P\|_F^2 + \|H (I - P)\|_F^2 = \|T\|_F^2 + \beta^2 + E\,\|H (I - P) z\|^2
+.. math:: \|H\|_F^2 = \|H P\|_F^2 + \|H (I - P)\|_F^2 = \|T\|_F^2 + \beta^2 + (n - m)\,E\,\|H z\|^2
 
-for random signs ``z`` (Hutchinson 1990): the large eigenvalues are taken exactly, chance has only the rest, as in
-Hutch++ (Meyer et al., arXiv 2010.09649). The standard error is that of the mean over probes.
+for ``z`` uniform on the unit sphere of the ``n - m`` dimensions that are left (Hutchinson's estimator, 1990): the large
+eigenvalues are taken exactly, chance has only the rest, as in Hutch++ (Meyer et al., arXiv 2010.09649). The standard
+error is that of the mean over probes.
 """
 
 import math
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedloru_flwr.lowrank import uniform
+from fedloru_flwr.lowrank import derive_seed, uniform
 from fedloru_flwr.rank.operators import LossHessian, SymmetricOperator
 
 _RESIDUAL = 1e-3  # of the spectral norm, where Lanczos may stop: the eigenvalue's error is about its square
@@ -253,15 +254,17 @@ def _probed(
 ) -> tuple[float, float, int]:
     """``||H (I - P)||_F^2``, its standard error, and how many probes it took."""
     operator = counted.operator
-    if len(basis) == operator.size:
+    left = operator.size - len(basis)
+    if not left:
         return 0.0, 0.0, 0
     seen: list[float] = []
     while True:
-        drawn = uniform(seed, "probe", len(seen), shape=(operator.size,), bound=1.0)
-        probe = torch.where(drawn < 0, -1.0, 1.0).to(operator.device, operator.dtype)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "probe", len(seen)))
+        probe = torch.randn(operator.size, generator=generator).to(operator.device, operator.dtype)
         for _ in range(2):
             probe = probe - (basis @ probe) @ basis
-        seen.append(float(torch.linalg.vector_norm(counted.product(probe), dtype=torch.float64)) ** 2)
+        image = counted.product(probe / torch.linalg.vector_norm(probe))
+        seen.append(left * float(torch.linalg.vector_norm(image, dtype=torch.float64)) ** 2)
         if len(seen) < _LEAST_PROBES:
             continue
         mean = math.fsum(seen) / len(seen)
