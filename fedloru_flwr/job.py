@@ -21,6 +21,8 @@ from fedloru_flwr.strategies.federated import CommonOptions, ModelSource
 from fedloru_flwr.strategies.inner import server_optimizer
 from fedloru_flwr.workload import check_init_adapter, network_factory, server_data
 
+AfterRound = Callable[[FederatedStrategy], None]
+
 
 def check(config: RunConfig) -> None:
     """Refuse, before any client starts, what could not run: data, model, targets, output directory.
@@ -75,8 +77,15 @@ class Job:
         common["resume"] = "auto"  # the directory is this run's own: new, or to be continued
         return build_strategy(self.config, self.factory, **common)
 
-    def run(self, grid: Grid, console: Console | None = None) -> dict[str, Any]:
-        """Train, show progress, and return the summary."""
+    def run(self, grid: Grid, console: Console | None = None, after_round: AfterRound | None = None) -> dict[str, Any]:
+        """Train, show progress, and return the summary.
+
+        Args:
+            grid: to talk to the clients through.
+            console: for people; default standard output.
+            after_round: called before round 1 and after every round, before the round's checkpoint is written, with
+                the strategy, whose state is the round's. Methods without a global model do not call it.
+        """
         config = self.config
         console = console or Console()
         rows = self.directory.read_rounds()
@@ -84,6 +93,12 @@ class Job:
         resumed_from = next((row for row in rows if found and row["round"] == found[0]), None)
         with RoundProgress(console, config.num_server_rounds, resumed_from=resumed_from) as progress:
             strategy = self.strategy(progress)
+
+            def evaluate_round(server_round: int, model: nn.Module) -> dict[str, float]:
+                if after_round is not None:
+                    after_round(strategy)
+                return self._central(server_round, model)
+
             _introduce(console, strategy, config, self.directory, found[0] if found else 0)
             if isinstance(grid, InProcessGrid | HostedGrid):
                 grid.on_reply = progress.client_done
@@ -92,7 +107,7 @@ class Job:
                 strategy.initial_arrays(),
                 num_rounds=config.num_server_rounds,
                 timeout=config.timeout,
-                evaluate_fn=strategy.central_evaluation(self._central) if self.samples is not None else None,
+                evaluate_fn=strategy.central_evaluation(evaluate_round) if self.samples is not None else None,
             )
         summary = self.directory.read_summary()
         assert summary is not None

@@ -137,7 +137,9 @@ class LossHessian:
         """``g`` by key, in the parameters' shapes."""
         total = {key: torch.zeros_like(value) for key, value in self._parameters.items()}
         for loss in self._losses():
-            found = torch.autograd.grad(loss, list(self._parameters.values()), allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(
+                loss, list(self._parameters.values()), allow_unused=True, materialize_grads=True
+            )
             for key, part in zip(self.keys, found, strict=True):
                 total[key] += part
         return total
@@ -278,9 +280,7 @@ def module_hessian(
         return functional_call(module, {**fixed, **values}, (x,))  # type: ignore[no-any-return]  # torch's is untyped
 
     values = {name: held[name] for name in trainable}
-    return LossHessian(
-        outputs, values, inputs, targets, loss=loss, keys=chosen, device=device, max_bytes=max_bytes
-    )
+    return LossHessian(outputs, values, inputs, targets, loss=loss, keys=chosen, device=device, max_bytes=max_bytes)
 
 
 def adapter_hessian(
@@ -316,7 +316,8 @@ def adapter_hessian(
     if not plan.adapted:
         raise ValueError("the plan has no adapters to differentiate: use the full parameters, or a factor-based method")
     function = FunctionalModel(model, plan.adapted, plan.layout(), plan.dense_leaves, training=False)
-    lacking = [key for key in function.keys if key not in values] + [key for key in function.base_keys if key not in base]
+    lacking = [key for key in function.keys if key not in values]
+    lacking += [key for key in function.base_keys if key not in base]
     if lacking:
         raise ValueError(f"values and base lack {', '.join(lacking[:5])}: give the whole adapter and every parameter")
     where = values[plan.factor_keys[0]].device if device is None else device

@@ -1,8 +1,8 @@
 r"""The theorem's setting as a simulation: Hessians of dependent sub-samples as perturbed random matrices.
 
 From a distribution ``N`` points are drawn, and of these ``M < N`` once more: a server's data and a client's. FedLoRU's
-Theorem 3.2 (arXiv 2409.12371) says that for ``R`` parameters, as ``R`` grows, the Hessian on ``M`` has the larger stable
-rank. What is simulated here is our reading of the paper's description: the paper's own proof was not at hand.
+Theorem 3.2 (arXiv 2409.12371) says that, as the number ``R`` of parameters grows, the Hessian on ``M`` has the larger
+stable rank. What is simulated here is our reading of the paper's description: the paper's own proof was not at hand.
 
 **Additive model.** A point's Hessian is the true one and a perturbation of its own, ``H_i = H + E_i``, with ``E_i``
 independent, symmetric and Gaussian, of variance ``sigma^2 / R`` off the diagonal and twice that on it. So
@@ -11,7 +11,7 @@ independent, symmetric and Gaussian, of variance ``sigma^2 / R`` off the diagona
 
 depend on each other, by the shared points. But ``H_M - H_N`` does not depend on ``H_N``: the two are *decoupled* into
 ``H_M = H_N + X``, ``X`` of variance ``sigma^2 (1/M - 1/N) / R``, which is how they are drawn here, exactly. With
-``s = sigma / sqrt(N)`` and the spectrum of ``H`` of ``R`` eigenvalues ``t``, of which finitely many are outliers ``theta``:
+``s = sigma / sqrt(N)`` and the ``R`` eigenvalues ``t`` of ``H``, of which finitely many are outliers ``theta``:
 
 - ``E ||H_N||_F^2 = sum_t t^2 + s^2 (R + 1)``, exactly;
 - with the mean over the bulk, an outlier ``theta`` of ``H`` becomes one of ``H_N`` at
@@ -31,6 +31,7 @@ There the stable rank *falls* as the sample gets smaller. Which of the two a net
 measurement, not of this theory.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def simulate(
         ValueError: the sizes do not ascend from 1, or there are fewer than two repetitions.
     """
     sizes = tuple(points)
-    if not sizes or sizes[0] < 1 or any(b <= a for a, b in zip(sizes, sizes[1:], strict=False)):
+    if not sizes or sizes[0] < 1 or any(b <= a for a, b in itertools.pairwise(sizes)):
         raise ValueError(f"points must be sample sizes in ascending order, from 1 on, got {list(sizes)}")
     if repeats < 2:
         raise ValueError(f"repeats must be at least 2, for a standard error, got {repeats}")

@@ -104,7 +104,9 @@ def similarity_of(gram: Tensor, whole: float | None = None) -> Similarity | None
     )
 
 
-def similarities(vectors: Sequence[Mapping[str, Tensor]], ranks: Sequence[int] = ()) -> dict[tuple[str, int], Similarity]:
+def similarities(
+    vectors: Sequence[Mapping[str, Tensor]], ranks: Sequence[int] = ()
+) -> dict[tuple[str, int], Similarity]:
     """Compare clients' gradients or updates, matrix by matrix and all matrices together, whole and cut.
 
     Vectors (biases, norms) have no rank and are left out, so that whole and cut are of the same numbers. A
@@ -168,10 +170,8 @@ def _summaries(
     for rank in (0, *ranks):
         total = torch.stack([grams[name, rank] for name in names]).sum(dim=0)
         for name, gram in (("", total), *((name, grams[name, rank]) for name in names)):
-            uncut = (
-                grams[name, 0] if name else torch.stack([grams[one, 0] for one in names]).sum(dim=0)
-            ).diagonal().sum()
-            one = similarity_of(gram, float(uncut) if rank else None)
+            uncut = sum(float(grams[one, 0].trace()) for one in ([name] if name else names))
+            one = similarity_of(gram, uncut if rank else None)
             if one is not None and math.isfinite(one.mean):
                 found[name, rank] = one
     return found

@@ -26,7 +26,9 @@ def clients(count=4):
 
 
 def as_tensors(dicts):
-    return [{name: torch.from_numpy(value) for name, value in one.items()} | {"fc.bias": torch.ones(6)} for one in dicts]
+    return [
+        {name: torch.from_numpy(value) for name, value in one.items()} | {"fc.bias": torch.ones(6)} for one in dicts
+    ]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
