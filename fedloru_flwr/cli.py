@@ -207,6 +207,32 @@ def export(
     _judge(work)
 
 
+@app.command()
+def rank(
+    conf: Annotated[
+        Path,
+        typer.Argument(help="A TOML file of what to train and measure, one of settings, or a run.", show_default=False),
+    ],
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where everything goes; by default runs/rank-<name of CONF>.", show_default=False),
+    ] = None,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Propose rank, accumulation and layers from a short full-rank pilot.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(help="Trainings at a time; by default one a core.", show_default=False)
+    ] = None,
+) -> None:
+    """Measure curvature, similarity of clients and what accumulation builds, or go on with that."""
+    from fedloru_flwr.rank import rank as measure
+
+    def work() -> tuple[str, ...]:
+        return measure(conf, output_dir, advise=advise, jobs=jobs).failures
+
+    _judge(work)
+
+
 def _named(option: str, text: str) -> Any:
     """What ``package.module:name`` names, looked for in the directory at hand as well.
 

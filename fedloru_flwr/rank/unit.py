@@ -30,8 +30,9 @@ from fedloru_flwr.engines.in_process import run_in_process
 from fedloru_flwr.job import Job, build_strategy
 from fedloru_flwr.lowrank import Ledger, as_pair, choose, derive_seed
 from fedloru_flwr.lowrank.factors import has_product
-from fedloru_flwr.models import AdapterPlan, NetworkFactory
+from fedloru_flwr.models import AdapterPlan, NetworkFactory, plan_adapter
 from fedloru_flwr.models.functional import FunctionalModel
+from fedloru_flwr.rank.advice import Evidence, evidence_of
 from fedloru_flwr.rank.operators import LossHessian, adapter_hessian, module_hessian
 from fedloru_flwr.rank.products import ledger_ranks, matrix_rank
 from fedloru_flwr.rank.similarity import Similarity, pair_similarities, similarities
@@ -44,6 +45,8 @@ from fedloru_flwr.workload import data_config, local_optimisation, network_facto
 
 Row = dict[str, Any]
 LEDGER = "ledger"  # the part of a unit's measures that is of the whole run
+_ROUNDS_COMPARED = 4  # of a pilot
+_KINDS = (nn.Linear, nn.Conv2d)  # whose weights the package's networks have
 _TELLING = "plain"  # the clients' method whose training can be carried out apart from a run
 
 
@@ -87,7 +90,7 @@ def carry_out(
     Args:
         settings: of the training.
         clients: settings that say who the clients are.
-        measure: what is measured.
+        measure: what is measured; without sizes of samples, models are kept and nothing is measured.
         directory: the unit's.
 
     Returns:
@@ -98,11 +101,13 @@ def carry_out(
     """
     files = UnitFiles(directory)
     parts = [*(str(server_round) for server_round in measure.rounds), LEDGER]
-    if all(part in files.measures() for part in parts):
+    if measure.points and all(part in files.measures() for part in parts):
         return files.measures()
     config = RunConfig.from_mapping(settings)
-    people = _people(RunConfig.from_mapping(clients), measure)
+    people = _people(RunConfig.from_mapping(clients), measure) if measure.points else None
     train(config, files, measure.rounds)
+    if people is None:
+        return {}
     torch.set_num_threads(measure.threads)
     subject = Subject.of(config)
     for part in parts:
@@ -442,3 +447,40 @@ def _mean_error(rows: Sequence[Mapping[str, Any]], layer: str, since: int, until
 
 def _without_values(row: Row) -> Row:
     return {key: value for key, value in row.items() if key != "singular_values"}
+
+
+def pilot_evidence(config: RunConfig, files: UnitFiles, rounds: Sequence[int], most_clients: int) -> list[Evidence]:
+    """What a full-rank training whose every round was kept says of each layer that could be factorised.
+
+    Args:
+        config: of the training.
+        files: the unit's.
+        rounds: from 0 on, without a gap.
+        most_clients: whose updates to compare, at four rounds.
+    """
+    subject = Subject.of(config)
+    states = [read_snapshot(files.snapshot(server_round)) for server_round in rounds]
+    names = [str(number) for number in range(config.num_clients)]
+    chosen = choose(config.seed, "rank clients", items=names, count=min(most_clients, len(names)))
+    data = data_config(config)
+    people = {client: load_client(data, int(client))[0].train for client in sorted(chosen, key=int)}
+    halves: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for state in states[:-1][:: max(1, (len(states) - 1) // _ROUNDS_COMPARED)] if len(people) > 1 else []:
+        trained = subject.locally_trained(state, people)
+        if trained is None:
+            break
+        changes = subject.changes(state, trained).matrices
+        for name in changes[0]:
+            updates = torch.stack([change[name] for change in changes])
+            halves.setdefault(name, []).append((updates[::2].mean(dim=0), updates[1::2].mean(dim=0)))
+    module = subject.factory()
+    kinds = [kind.__name__ for kind in _KINDS if any(isinstance(part, kind) for part in module.modules())]
+    layers = plan_adapter(module, 1, 1.0, kinds).layers
+    return [
+        evidence_of(
+            layer.name,
+            [layer.as_matrix(state.trainables[layer.weight_key]) for state in states],
+            [(layer.as_matrix(one), layer.as_matrix(other)) for one, other in halves.get(layer.weight_key, [])],
+        )
+        for layer in layers
+    ]
