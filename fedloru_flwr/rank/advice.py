@@ -4,18 +4,19 @@ The pilot is FedAvg on the same data, clients and network for ``T`` rounds, whos
 
 .. math:: e(r, \tau) = \frac{\sum_t \|(W_{t + \tau} - W_t)^{(r)}\|_F^2}{\sum_t \|W_{t + \tau} - W_t\|_F^2}
 
-is the share of what full-rank training does in ``tau`` rounds that fits into a pair of rank ``r``: what FedLoRU's pair has
-to hold between two accumulations. It falls with ``tau`` and rises with ``r``.
+is the share of what full-rank training does in ``tau`` rounds that fits into a pair of rank ``r``: what FedLoRU's
+pair has to hold between two accumulations. It falls with ``tau`` and rises with ``r``.
 
-- **Layers** of a rank and a period: those whose factors have at most half their weight's numbers, and whose own ``e`` is at
-  least ``layer_target``. The others stay dense.
-- **Rank and tau**: the cheapest pair with ``e(r, tau) >= target`` over these layers (each weighing as much as it moves).
-  A contact costs ``r`` up, ``r`` down, and the ``1 / (C tau)`` entries of rank ``r`` that the client has missed, ``C`` being
-  the share of the clients in a round: ``r (2 + 1 / (C tau)) (out + in)`` numbers a layer, ``2 out in`` for a dense one.
+- **Layers** of a rank and a period: those whose factors have at most half their weight's numbers, and whose own ``e``
+  is at least ``layer_target``. The others stay dense.
+- **Rank and tau**: the cheapest point with ``e(r, tau) >= target`` over these layers, each weighing as much as it
+  moves. A contact costs ``r`` up, ``r`` down, and the ``1 / (C tau)`` entries of rank ``r`` that the client has missed,
+  ``C`` being the share of the clients in a round: ``r (2 + 1 / (C tau)) (out + in)`` numbers a layer, ``2 out in`` for
+  a dense one.
 
 Beside it stands, without a rule that uses it, how much of the update is common to the clients: with the mean updates
-``M_1, M_2`` of two halves of them, ``<M_1^{(r)}, M_2> / <M_1, M_2>``, to which what the halves do not share adds nothing on
-average. All of it is a heuristic of this package: the paper (arXiv 2409.12371) gives no rule.
+``M_1, M_2`` of two halves of them, ``<M_1^{(r)}, M_2> / <M_1, M_2>``, to which what the halves do not share adds
+nothing on average. All of it is a heuristic of this package: the paper (arXiv 2409.12371) gives no rule.
 """
 
 from collections.abc import Mapping, Sequence
@@ -154,9 +155,9 @@ def advise(
             options.append((reached, cost, rank, every, able))
     if not options:
         raise ValueError(
-            f"no layer suits factors: of each, factors would have more than half the weight's numbers, or hold less than "
-            f"{100 * layer_target:.0f} % of its movement, or nothing moved; train it with algorithm = 'fedavg', or give "
-            "the pilot more rounds"
+            "no layer suits factors: of each, they would have more than half the weight's numbers, or hold less than "
+            f"{100 * layer_target:.0f} % of its movement, or nothing moved; train it with algorithm = 'fedavg', or "
+            "give the pilot more rounds"
         )
     good = [option for option in options if option[0] >= target]
     # The cheapest that is good enough; the later of equals accumulates less often.
@@ -183,13 +184,13 @@ def as_markdown(advice: Advice, scale: float, origin: str) -> str:
         "```",
         "",
         f"{origin} With rank {advice.rank} and an accumulation every {advice.every} round{'s' * (advice.every > 1)}, "
-        f"{100 * advice.reached:.0f} % of what full-rank training does between two accumulations fits into the factors "
-        f"(squared norm, target {100 * TARGET:.0f} %: {'met' if advice.met else 'NOT met, low rank may not suit this'}).",
+        f"{100 * advice.reached:.0f} % of what full-rank training does between two accumulations fits into the "
+        f"factors (squared norm, target {100 * TARGET:.0f} %: {'met' if advice.met else 'NOT met'}).",
         "",
         f"## Share that fits, e(r, {advice.every})",
         "",
-        "Of each layer's movement over so many rounds, what the best matrix of rank r holds. In brackets: of the update "
-        "that two halves of the clients have in common.",
+        "Of each layer's movement over so many rounds, what the best matrix of rank r holds. In brackets: of the "
+        "update that two halves of the clients have in common.",
         "",
         "| layer | out x in | moved | " + " | ".join(f"r = {rank}" for rank in ranks) + " | proposed |",
         "|---|---|---:|" + "---:|" * len(ranks) + "---|",

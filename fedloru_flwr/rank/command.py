@@ -243,8 +243,8 @@ def _advised(spec: RankSpec, unit: _Unit, directory: Path, failures: tuple[str, 
     proposal = advising.advise(evidence, asked.fraction_train)
     scale = asked.alpha / asked.rank
     origin = (
-        f"From a pilot of {unit.settings['num-server-rounds']} rounds of full-rank FedAvg, seed {unit.seed}. A heuristic, "
-        "not a theorem: compare it with the defaults before relying on it."
+        f"From a pilot of {unit.settings['num-server-rounds']} rounds of full-rank FedAvg, seed {unit.seed}. A "
+        "heuristic, not a theorem: compare it with the defaults before relying on it."
     )
     text = advising.as_markdown(proposal, scale, origin)
     atomic.write_text(directory / "advice.md", text)

@@ -207,8 +207,8 @@ def _stable_ranks(rows: Sequence[Row], whole: Sequence[Claim]) -> str:
     caption = (
         "Stable rank of the loss Hessian, squared Frobenius norm over squared spectral norm, on nested samples: mean ± "
         "sample standard deviation over the seeds. Ratio: geometric mean of small over whole, paired by seed, with its "
-        "95 % confidence interval; over all rounds, each seed counts once. Larger: pairs in which the small sample's is "
-        f"larger. Clients: on clients' own training samples. {odd} of the measurements did not reach their tolerance."
+        "95 % confidence interval; over all rounds, each seed counts once. Larger: pairs in which the small sample's "
+        f"is. Clients: on clients' own training samples. {odd} of the measurements did not reach their tolerance."
     )
     heads = ["training", "of", "round", "n", "small", "whole", "ratio", "larger", "clients"]
     return _table("Stable rank, client against server", caption, heads, lines, texts=3)
@@ -294,9 +294,9 @@ def _weights(rows: Sequence[Row]) -> str:
         for (training, layer), own in found.items()
     ]
     caption = (
-        "What was learned, W - W0, at the last round measured: stable rank, effective rank (exponential of the singular "
-        "values' entropy), singular values with 90 % of the squared norm, singular values above a millionth of the "
-        "largest. Mean ± sample standard deviation over the seeds."
+        "What was learned, W - W0, at the last round measured: stable rank, effective rank (exponential of the "
+        "singular values' entropy), singular values with 90 % of the squared norm, singular values above a millionth "
+        "of the largest. Mean ± sample standard deviation over the seeds."
     )
     heads = ["training", "matrix", "round", "stable rank", "effective rank", "rank of 90 %", "numerical rank"]
     return _table("Rank of what was learned", caption, heads, lines, texts=2)
@@ -324,10 +324,10 @@ def _ledger(rows: Sequence[Row]) -> str:
             ]
         )
     caption = (
-        "What each accumulation added (the last may be the factors still in training): norm; share of its squared norm in "
-        "output directions, in input directions and in both that no earlier one had; cosine with the sum of the earlier "
-        "ones; effective rank of the sum; aggregation error, mean over its rounds. Mean ± sample standard deviation over "
-        "the seeds."
+        "What each accumulation added (the last may be the factors still in training): norm; share of its squared "
+        "norm in output directions, in input directions and in both that no earlier one had; cosine with the sum of "
+        "the earlier ones; effective rank of the sum; aggregation error, mean over its rounds. Mean ± sample standard "
+        "deviation over the seeds."
     )
     heads = ["training", "matrix", "entry", "round", "norm", "new outputs", "new inputs", "new", "alignment"]
     return _table("What accumulation adds", caption, [*heads, "effective rank", "aggregation error"], lines, texts=2)
