@@ -5,8 +5,8 @@ Run it whole (``python examples/rank/random_matrices.py``, seconds), or cell by 
 
 # %% [markdown]
 # A server has N points, a client M of them. FedLoRU's Theorem 3.2 (arXiv 2409.12371) says that, for many parameters,
-# the Hessian of the loss on M points has the larger stable rank, ||H||_F^2 / ||H||_2^2. Two models of how a Hessian on few
-# points departs from the true one give opposite answers. Neither is a network: see `fedloru rank` for those.
+# the Hessian of the loss on M points has the larger stable rank, ||H||_F^2 / ||H||_2^2. Two models of how a Hessian on
+# few points departs from the true one give opposite answers. Neither is a network: see `fedloru rank` for those.
 
 # %%
 from rich.console import Console

@@ -130,8 +130,7 @@ def rank(task: Mapping[str, Any]) -> Answer:
     from fedloru_flwr.rank.spec import Measure
     from fedloru_flwr.rank.unit import carry_out
 
-    measure = Measure(**{key: tuple(v) if isinstance(v, list) else v for key, v in task["measure"].items()})
-    carry_out(task["settings"], task["clients"], measure, Path(task["directory"]))
+    carry_out(task["settings"], task["clients"], Measure.of_json(task["measure"]), Path(task["directory"]))
     return {}
 
 

@@ -153,7 +153,7 @@ class LossHessian:
         if vector.shape != (self.size,):
             raise ValueError(f"expected a vector of shape ({self.size},), got {tuple(vector.shape)}")
         parameters = list(self._parameters.values())
-        parts = vector.split([parameter.numel() for parameter in parameters])
+        parts = torch.split(vector, [parameter.numel() for parameter in parameters])
         directions = [part.reshape(one.shape) for part, one in zip(parts, parameters, strict=True)]
         total = torch.zeros_like(vector)
         for gradients in self._gradients():

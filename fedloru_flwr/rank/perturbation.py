@@ -146,6 +146,7 @@ class Simulation:
 def limit(population: Population, points: int) -> Limit:
     """What the theory gives for the Hessian on ``points`` points; see the module's formulas."""
     t, count = population.spectrum, float(points)
+    largest: float | None
     if population.model == "additive":
         variance = population.sigma**2 / count
         squared = float((t**2).sum()) + variance * (population.size + 1)

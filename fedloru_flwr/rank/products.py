@@ -137,7 +137,9 @@ def _core(b: Tensor, a: Tensor) -> Tensor:
     """A matrix with the singular values of ``B A``."""
     if b.shape[1] >= min(b.shape[0], a.shape[1]):
         return b @ a
-    return torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T
+    left, right = (torch.linalg.qr(one, mode="r").R for one in (b, a.T))
+    core: Tensor = left @ right.T
+    return core
 
 
 def _norm(b: Tensor, a: Tensor) -> float:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from fedloru_flwr.compare.spec import Values
 from fedloru_flwr.config import ConfigError, RunConfig, name_to_key, read_toml
@@ -44,6 +44,11 @@ class Measure:
     layers: bool = True
     tolerance: float = 0.02
     threads: int = 1
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Self:
+        """What JSON has made of ``asdict``: lists where there were tuples."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,9 @@ def _of_flat(content: Mapping[str, Any], name: str, source: str) -> RankSpec:
     last = config.num_server_rounds
     step = -(-last // _MOST_ROUNDS)
     rounds = tuple(sorted({*range(0, last + 1, step), last}))
-    spec = RankSpec(
-        name, name, (config.seed,), Measure(rounds), settings, (Training(config.algorithm, config.algorithm, {}),)
-    )
+    clients = min(Measure.clients, config.num_clients)
+    measure = Measure(rounds, clients=clients if clients > 1 else 0)
+    spec = RankSpec(name, name, (config.seed,), measure, settings, (Training(config.algorithm, config.algorithm, {}),))
     _Reader(source).check(spec)
     return spec
 

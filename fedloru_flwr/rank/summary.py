@@ -15,8 +15,9 @@ Row = Mapping[str, Any]
 NONE = "\u2013"
 ALL_ROUNDS = "all"
 # Student's t for 95 % and 1, 2, ... degrees of freedom; beyond the table it is taken as the last.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131, 2.12)
-_T95 += (2.11, 2.101, 2.093, 2.086, 2.08, 2.074, 2.069, 2.064, 2.06, 2.056, 2.052, 2.048, 2.045, 2.042)
+_T95_TO_15 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131)
+_T95_TO_30 = (2.12, 2.11, 2.101, 2.093, 2.086, 2.08, 2.074, 2.069, 2.064, 2.06, 2.056, 2.052, 2.048, 2.045, 2.042)
+_T95 = _T95_TO_15 + _T95_TO_30
 _SPACE_NAMES = {"full": "all parameters", "adapter": "factors"}
 _LEADING = ("training", "label", "seed", "round", "kind", "of", "points", "number", "space", "layer", "rank", "entry")
 

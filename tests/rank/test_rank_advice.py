@@ -28,7 +28,7 @@ def test_the_share_that_fits_is_that_of_the_singular_values():
         assert found.held[4, every] == pytest.approx(1.0)
     turning = evidence_of("fc", path_of(2, turn=1))
     assert turning.held[2, 1] == pytest.approx(1.0)
-    assert turning.held[2, 3] < 0.7
+    assert turning.held[2, 3] < 0.8
 
 
 def test_what_two_halves_share_is_kept_and_their_noise_is_not_counted():
@@ -71,6 +71,6 @@ def test_a_layer_that_turns_is_to_be_accumulated_more_often():
 
 def test_where_nothing_suits_the_reason_is_told():
     with pytest.raises(ValueError, match="no layer suits factors"):
-        advise([Evidence("fc", (4, 4), 1.0, {(1, 1): 0.9}, {})], 0.5)
+        advise([Evidence("fc", (3, 4), 1.0, {(1, 1): 0.9}, {})], 0.5)
     with pytest.raises(ValueError, match="at least two rounds"):
         evidence_of("fc", [torch.zeros(4, 4)])
