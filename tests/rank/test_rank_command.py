@@ -1,12 +1,15 @@
 """The command from a CONF to tables, continued, on a federation that takes seconds."""
 
 import io
+import tomllib
 
 import pytest
 from rich.console import Console
 
 from fedloru_flwr.config import ConfigError
 from fedloru_flwr.rank.command import rank
+from fedloru_flwr.rank.spec import parse_rank_spec
+from fedloru_flwr.rank.unit import carry_out
 
 SETTINGS = """
 num-clients = 6
@@ -94,7 +97,7 @@ def test_what_cannot_be_done_is_told_before_anything_runs(tmp_path):
         rank(tmp_path / "nowhere.toml")
     with pytest.raises(ConfigError, match="advice needs a CONF"):
         rank(tmp_path, advise=True)
-    conf.write_text(ANALYSIS.replace("points = [10, 40]", "points = [10, 4000]"))
-    found = rank(conf, tmp_path / "few", jobs=1, console=quiet())
-    assert len(found.failures) == 2
-    assert "training samples in all; ask for fewer" in found.failures[0]
+    spec = parse_rank_spec(tomllib.loads(ANALYSIS.replace("40]", "4000]")), "tiny", "tiny.toml")
+    with pytest.raises(ConfigError, match="the clients have .* training samples in all; ask for fewer"):
+        carry_out(spec.resolved(spec.trainings[0], 0), spec.clients(0), spec.measure, tmp_path / "unit")
+    assert not (tmp_path / "unit").exists()
