@@ -207,12 +207,8 @@ class RunConfig:
 
     def _check_method(self) -> None:
         """Refuse settings that the method would ignore, and shares of epochs that make no sense."""
-        algorithm = ALGORITHMS[self.algorithm]
-        every_own = {name for other in ALGORITHMS.values() for name in other.own}
-        ignored = sorted(every_own - set(algorithm.own))
-        ignored += [] if algorithm.factorised else _OF_FACTORS
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in ignored:
+        for name in ALGORITHMS[self.algorithm].foreign:
             if getattr(self, name) != defaults[name]:
                 takers = [key for key, other in ALGORITHMS.items() if name in other.own] or ["factor-based methods"]
                 raise ConfigError(
@@ -248,9 +244,6 @@ class RunConfig:
                 "dataset = 'clients' leaves the server without data: give input-shape and num-classes, so that it can "
                 "build the model"
             )
-
-
-_OF_FACTORS = ("adapter", "ranks", "accumulate_every", "accumulate_at", "reinit", "accumulate_into")
 
 
 def name_to_key(name: str) -> str:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from fedloru_flwr.strategies import FederatedStrategy
     from fedloru_flwr.strategies.federated import CommonOptions, ModelSource
 
+_OF_FACTORS = ("adapter", "ranks", "accumulate_every", "accumulate_at", "reinit", "accumulate_into")
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -35,6 +37,12 @@ class Algorithm:
         """The strategy's class."""
         found: type[FederatedStrategy] = getattr(import_module("fedloru_flwr.strategies"), self.cls)
         return found
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """Settings that it does not have: other methods' own, and where it trains no factors those of factors."""
+        others = {name for other in ALGORITHMS.values() for name in other.own} - set(self.own)
+        return (*sorted(others), *(() if self.factorised else _OF_FACTORS))
 
     def build(
         self, config: "RunConfig", model: "ModelSource", **common: "Unpack[CommonOptions]"

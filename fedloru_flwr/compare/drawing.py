@@ -4,7 +4,7 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which the colour-blind can tell apart. With five line styles (7 and 5 have no common divisor)
 # it gives 35 looks; neighbours in the list differ in both.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B77B00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B77B00", "#56B4E9", "#000000")
 _DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.2, 1.2), (5, 1.5, 1.2, 1.5), (9, 2))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY, INK = "#6B7079", "#23272E"
@@ -35,7 +35,7 @@ class Look:
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
     """A look for each method, by its place in the list."""
-    cycles = zip(names, itertools.cycle(_COLOURS), itertools.cycle(_DASHES), itertools.cycle(_MARKERS), strict=False)
+    cycles = zip(names, itertools.cycle(COLOURS), itertools.cycle(_DASHES), itertools.cycle(_MARKERS), strict=False)
     return {name: Look(colour, dashes, marker) for name, colour, dashes, marker in cycles}
 
 
@@ -79,9 +79,15 @@ def explain(figure: "Figure", title: str, drawn: Mapping[str, Look]) -> None:
 
 def as_svg(figure: "Figure") -> bytes:
     """The same bytes for the same picture."""
+    return as_picture(figure, "svg")
+
+
+def as_picture(figure: "Figure", kind: Literal["svg", "png"]) -> bytes:
+    """A figure as a file of this kind: the same bytes for the same picture."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
     with rc_context({"svg.hashsalt": "fedloru", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format=kind, metadata=metadata)
     return buffer.getvalue()

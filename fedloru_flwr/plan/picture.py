@@ -1,12 +1,12 @@
 """A plan as a picture: bytes and a client's memory, method by method."""
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedloru_flwr import atomic
+from fedloru_flwr.compare.drawing import COLOURS, INK, as_picture
 from fedloru_flwr.config import ConfigError
 from fedloru_flwr.plan.planning import Plan
 from fedloru_flwr.runs.units import format_bytes
@@ -14,9 +14,6 @@ from fedloru_flwr.runs.units import format_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette, which the colour-blind can tell apart.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_INK = "#30343B"
 _FORMATS = (".svg", ".png")
 
 
@@ -42,7 +39,6 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """
     check_picture(path)
     # The import takes a second; the figure stands alone, without pyplot's state.
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -53,7 +49,7 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     left, right = figure.subplots(1, 2)
     rounds = plan.config.num_server_rounds
     told = f"{plan.subject}: {rounds} rounds, {plan.config.num_clients} clients"
-    figure.suptitle(told, fontsize=13, fontweight="bold", color=_INK)
+    figure.suptitle(told, fontsize=13, fontweight="bold", color=INK)
     methods = plan.methods
     _bars(
         left,
@@ -68,11 +64,7 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
         names,
         {part: [getattr(method.client, part) or 0 for method in methods] for part in parts},
     )
-    buffer = io.BytesIO()
-    kind = Path(path).suffix.removeprefix(".")
-    with rc_context({"svg.hashsalt": "fedloru", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    atomic.write_bytes(path, buffer.getvalue())
+    atomic.write_bytes(path, as_picture(figure, "svg" if Path(path).suffix == ".svg" else "png"))
 
 
 def _bars(axes: "Axes", title: str, names: Sequence[str], parts: dict[str, list[int]]) -> None:
@@ -81,7 +73,7 @@ def _bars(axes: "Axes", title: str, names: Sequence[str], parts: dict[str, list[
 
     ends = [0] * len(names)
     places = range(len(names))
-    for colour, (part, sizes) in zip(_COLOURS, parts.items(), strict=False):
+    for colour, (part, sizes) in zip(COLOURS, parts.items(), strict=False):
         if any(sizes):
             axes.barh(places, sizes, left=ends, color=colour, label=part, height=0.7)
             ends = [end + size for end, size in zip(ends, sizes, strict=True)]
@@ -89,13 +81,13 @@ def _bars(axes: "Axes", title: str, names: Sequence[str], parts: dict[str, list[
         axes.annotate(
             format_bytes(end), (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5
         )
-    axes.set_yticks(list(places), list(names), fontsize=9.5, color=_INK)
+    axes.set_yticks(list(places), list(names), fontsize=9.5, color=INK)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * max([*ends, 1]))
-    axes.set_title(title, fontsize=10.5, color=_INK)
+    axes.set_title(title, fontsize=10.5, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
-    axes.tick_params(axis="x", labelsize=8.5, labelcolor=_INK)
+    axes.tick_params(axis="x", labelsize=8.5, labelcolor=INK)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)

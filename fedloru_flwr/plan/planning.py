@@ -262,11 +262,9 @@ def plan(
 def _for_method(config: RunConfig, algorithm: str) -> tuple[dict[str, object], tuple[str, ...]]:
     """The settings with another method, without what it does not have; and the names of that."""
     row = ALGORITHMS[algorithm]
-    without = {name for other in ALGORITHMS.values() for name in other.own} - set(row.own)
+    without = set(row.foreign)
     strategy: Any = row.strategy
-    if not row.factorised:
-        without |= {"adapter", "ranks", "accumulate_every", "accumulate_at", "reinit", "accumulate_into"}
-    elif strategy.accumulation.refused:
+    if row.factorised and strategy.accumulation.refused:
         without |= {"accumulate_every", "accumulate_at", "reinit", "accumulate_into"}
     if row.factorised and (strategy.fixed_form or strategy.form == "hadamard"):
         without.add("adapter")

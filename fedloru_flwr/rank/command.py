@@ -228,7 +228,7 @@ def _pilot(spec: RankSpec) -> RankSpec:
     clients = spec.clients(spec.seeds[0])
     count = min(PILOT_ROUNDS, int(clients["num-server-rounds"]))
     own = {key: value for key, value in clients.items() if key in spec.settings}
-    own |= {"algorithm": "fedavg", "num-server-rounds": count, "fraction-evaluate": 0.0}
+    own |= {"algorithm": "fedavg", "num-server-rounds": count, "fraction-evaluate": 0.0, "evaluate-in-training": False}
     measure = Measure(tuple(range(count + 1)), (), clients=0, threads=spec.measure.threads)
     return RankSpec(spec.name, spec.title, spec.seeds[:1], measure, own, (Training("pilot", "pilot", {}),))
 

@@ -10,6 +10,7 @@ from fedloru_flwr.compare.spec import Values
 from fedloru_flwr.config import ConfigError, RunConfig, name_to_key, read_toml
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.suggest import did_you_mean
+from fedloru_flwr.workload import check_init_adapter
 
 Space = Literal["full", "adapter"]
 SPACES: tuple[Space, ...] = ("full", "adapter")
@@ -92,7 +93,8 @@ class RankSpec:
 
     def clients(self, seed: int) -> Values:
         """The settings that say who the clients are, and what they train on."""
-        data = {key: value for key, value in self.settings.items() if key not in _of_methods()}
+        foreign = {name_to_key(name) for name in ALGORITHMS["fedavg"].foreign}
+        data = {key: value for key, value in self.settings.items() if key not in foreign}
         return RunConfig.from_mapping({**data, "algorithm": "fedavg", "seed": seed}).as_mapping()
 
 
@@ -167,8 +169,12 @@ class _Reader:
             where = f"trainings.{training.name}"
             try:
                 config = RunConfig.from_mapping(spec.resolved(training, spec.seeds[0]))
+                check_init_adapter(config)
             except ConfigError as error:
                 raise self._fault(where, str(error)) from None
+            if config.max_total_bytes:
+                told = f"max-total-bytes = {config.max_total_bytes} would end the training before all is measured"
+                raise self._fault(where, f"{told}: leave it out")
             if config.dataset == "clients":
                 raise self._fault(where, "dataset = 'clients' is for a deployment; an analysis needs the data here")
             if not ALGORITHMS[config.algorithm].strategy.has_global_model:
@@ -261,10 +267,3 @@ class _Reader:
 
     def _fault(self, where: str, message: str) -> ConfigError:
         return ConfigError(f"{self._source}: [{where}] {message}" if where else f"{self._source}: {message}")
-
-
-def _of_methods() -> set[str]:
-    """Settings that full-rank training would refuse."""
-    own = {name for algorithm in ALGORITHMS.values() for name in algorithm.own}
-    factors = {"adapter", "ranks", "accumulate_every", "accumulate_at", "reinit", "accumulate_into"}
-    return {name_to_key(name) for name in own | factors}

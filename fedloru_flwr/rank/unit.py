@@ -10,7 +10,7 @@ Whatever is there is kept, so that an interrupted unit goes on where it was.
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from fedloru_flwr.engines.in_process import run_in_process
 from fedloru_flwr.job import Job, build_strategy
 from fedloru_flwr.lowrank import Ledger, as_pair, choose, derive_seed
 from fedloru_flwr.lowrank.factors import has_product
-from fedloru_flwr.models import AdapterPlan, NetworkFactory, plan_adapter
+from fedloru_flwr.models import AdapterPlan, plan_adapter
 from fedloru_flwr.models.functional import FunctionalModel
 from fedloru_flwr.rank.advice import Evidence, evidence_of
 from fedloru_flwr.rank.operators import LossHessian, adapter_hessian, module_hessian
@@ -154,6 +154,7 @@ def train(config: RunConfig, files: UnitFiles, rounds: Sequence[int]) -> None:
         run_config=settings,
         store_dir=store,
         together=train_or_evaluate_together,
+        at_once=config.clients_per_batch,
     )
     shutil.rmtree(store, ignore_errors=True)
 
@@ -198,7 +199,7 @@ class Subject:
     """
 
     config: RunConfig
-    factory: NetworkFactory
+    factory: Callable[[], nn.Module]
     strategy: FederatedStrategy
 
     @classmethod

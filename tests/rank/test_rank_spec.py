@@ -58,6 +58,8 @@ def changed(table, **values):
         (changed("settings", seed=1), "the analysis chooses it"),
         (changed("settings", rnak=1), "unknown key 'rnak'; did you mean 'rank'"),
         (changed("settings", dataset="clients", input_shape="1,8,8", num_classes=10), "needs the data here"),
+        (changed("settings", max_total_bytes=9), "would end the training before all is measured"),
+        (changed("settings", init_adapter="none/there"), "is no directory"),
         (changed("trainings", own={"algorithm": "fedsa-lora"}), "has no global model"),
         (changed("trainings", own={"algorithm": "fedavg", "accumulate-every": 3}), "means nothing to"),
     ],
