@@ -42,6 +42,7 @@ def quiet():
     return Console(file=io.StringIO(), width=200)
 
 
+@pytest.mark.slow
 def test_an_analysis_measures_everything_and_goes_on_where_it_was(tmp_path):
     conf = tmp_path / "tiny.toml"
     conf.write_text(ANALYSIS)
