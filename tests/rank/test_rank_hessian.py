@@ -11,6 +11,8 @@ from fedloru_flwr.models import MLP, SmallCNN, plan_adapter
 from fedloru_flwr.rank.operators import adapter_hessian, module_hessian
 from fedloru_flwr.rank.spectra import spectrum, stable_ranks
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
 
 def trained(model, inputs, labels, steps=20):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

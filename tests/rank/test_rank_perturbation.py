@@ -7,6 +7,8 @@ import pytest
 
 from fedloru_flwr.rank.perturbation import Population, limit, simulate
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
 
 def test_without_an_outlier_the_edge_is_twice_the_scale_and_the_stable_rank_a_quarter_of_the_size():
     of = limit(Population(size=400, sigma=3.0), points=9)
