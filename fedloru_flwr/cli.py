@@ -3,15 +3,16 @@
 Exit status: 0 done, 1 failed (state saved), 2 bad input (nothing started), 130 interrupted (state saved).
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from fedloru_flwr.config import parse_overrides
+from fedloru_flwr.config import ConfigError, parse_overrides
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -96,6 +97,55 @@ def compare(
 
 
 @app.command()
+def plan(
+    conf: Annotated[Path | None, typer.Argument(help="A TOML file of settings.", show_default=False)] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option("--config", "-c", help='Settings over the file\'s: "rank=8 learning-rate=0.05".'),
+    ] = None,
+    all_methods: Annotated[bool, typer.Option("--all-methods", help="Every method with these settings.")] = False,
+    output: Annotated[str, typer.Option("--format", help="table, or json.")] = "table",
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw it too, into a file .svg or .png.", show_default=False)
+    ] = None,
+    bandwidth: Annotated[
+        list[str] | None,
+        typer.Option(help="A client's DOWN/UP in Mbit/s, or DOWN/UP/SERVER; may be given again.  [default: 100/20]"),
+    ] = None,
+    transformers: Annotated[
+        str | None,
+        typer.Option(help="A transformers model instead: its config.json, directory or name.", show_default=False),
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sample of such a model.")] = 512,
+    examples: Annotated[
+        int, typer.Option(help="Samples a client trains on where its data is not at hand; 0: 100.")
+    ] = 0,
+) -> None:
+    """Tell what a run will cost before it starts: bytes, memory, transfer times; no weights, no training."""
+    os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")
+    from fedloru_flwr.plan.command import show_plan
+
+    def work() -> tuple[str, ...]:
+        settings: dict[str, object] = {}
+        for text in config or []:
+            settings |= parse_overrides(text)
+        show_plan(
+            conf,
+            settings,
+            output=output,
+            picture=picture,
+            bandwidths=bandwidth or ["100/20"],
+            all_methods=all_methods,
+            transformers=transformers,
+            sequence_length=sequence_length,
+            examples=examples,
+        )
+        return ()
+
+    _judge(work)
+
+
+@app.command()
 def report(
     dirs: Annotated[
         list[Path], typer.Argument(help="Output directories of fedloru compare, or run directories.", metavar="DIR...")
@@ -113,6 +163,89 @@ def report(
         return ()
 
     _judge(work)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's directory, finished or interrupted.", show_default=False)],
+    format: Annotated[
+        str, typer.Option(help="peft: one LoRA adapter beside the base; merged: the whole model.")
+    ] = "peft",
+    rank: Annotated[
+        int | None, typer.Option(help="For peft: compress every layer's product to this rank.", show_default=False)
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--output-dir", "--out", help="By default export/<format> in the run's directory.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Of a run made by an app of your own: its factory, my_app.task:Net.", show_default=False)
+    ] = "",
+    inputs: Annotated[
+        str,
+        typer.Option(help="A function that returns sample inputs, my_app.task:sample_inputs.", show_default=False),
+    ] = "",
+) -> None:
+    """Write a run's model for peft, transformers or plain torch, and prove that they load it."""
+    from rich.console import Console
+
+    from fedloru_flwr.export import export as export_run
+
+    def work() -> tuple[str, ...]:
+        factory = _named("--model", model) if model else None
+        samples = _named("--inputs", inputs)() if inputs else None
+        exported = export_run(run, format, rank, output_dir, model=factory, inputs=samples)
+        console = Console()
+        if exported.report["layers"]:
+            console.print(exported.table())
+        for line in [*exported.lines(), f"exported to: {exported.path}"]:
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        return ()
+
+    _judge(work)
+
+
+@app.command()
+def rank(
+    conf: Annotated[
+        Path,
+        typer.Argument(help="A TOML file of what to train and measure, one of settings, or a run.", show_default=False),
+    ],
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where everything goes; by default runs/rank-<name of CONF>.", show_default=False),
+    ] = None,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Propose rank, accumulation and layers from a short full-rank pilot.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(help="Trainings at a time; by default one a core.", show_default=False)
+    ] = None,
+) -> None:
+    """Measure curvature, similarity of clients and what accumulation builds, or go on with that."""
+    from fedloru_flwr.rank import rank as measure
+
+    def work() -> tuple[str, ...]:
+        return measure(conf, output_dir, advise=advise, jobs=jobs).failures
+
+    _judge(work)
+
+
+def _named(option: str, text: str) -> Any:
+    """What ``package.module:name`` names, looked for in the directory at hand as well.
+
+    Raises:
+        ConfigError: there is no such thing.
+    """
+    module, _, name = text.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{option} = {text!r} must be of the form package.module:name: {error}") from error
 
 
 def _judge(work: Callable[[], tuple[str, ...]]) -> None:

@@ -1,12 +1,14 @@
 """The Flower ClientApp: local low-rank optimisation on the client's own samples."""
 
 import importlib.metadata
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from torch import nn
 
 from fedloru_flwr import wire
 from fedloru_flwr.clients.identity import client_identity
@@ -17,7 +19,6 @@ from fedloru_flwr.clients.training import choose_device, evaluate, train_locally
 from fedloru_flwr.config import RunConfig
 from fedloru_flwr.data import ClientData, DataSpec
 from fedloru_flwr.engines.in_process import answers, client_context, handle
-from fedloru_flwr.models import NetworkFactory
 from fedloru_flwr.packets import ACTION, Packet, pack_replies, unpack_orders
 from fedloru_flwr.workload import client_data, data_config, local_optimisation, network_factory
 
@@ -90,7 +91,7 @@ def train_or_evaluate_together(requests: list[tuple[Message, Context]]) -> list[
     server_round = wire.template_round(requests[0][0].content)  # the orders are parsed once, by whom they are for
     answers: list[Message | Exception | None] = [None] * len(requests)
     whole: dict[int, Request] = {}
-    of_run, factories = data_config(config), dict[DataSpec, NetworkFactory]()
+    of_run, factories = data_config(config), dict[DataSpec, Callable[[], nn.Module]]()
     for index, (message, context) in enumerate(requests):
         try:
             data, spec = client_data(of_run, context)

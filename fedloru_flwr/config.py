@@ -29,11 +29,13 @@ _FREE_WHEN_CONTINUED = (
     "run-name",
     "resume",
     "data-path",
+    "init-adapter",
     "device",
     "checkpoint-every",
     "timeout",
     "max-failure-fraction",
     "aggregation-error",
+    "max-total-bytes",
 )
 
 
@@ -133,6 +135,7 @@ class RunConfig:
     model_width: int = _setting(0, "channels of the first stage; 0 is the network's default", low=0)
     hidden: str = _setting("256,256", "widths of the multilayer perceptron's hidden layers")
     norm: str = _setting("group", "the ResNets' normalisation", choices=("group", "batch"))
+    init_adapter: str = _setting("", "a PEFT LoRA adapter's directory to start from: it becomes part of W_0")
     seed: int = _setting(0, "of everything random", low=0)
     threads: int = _setting(1, "torch's threads in every process", low=1)
     batched: bool = _setting(True, "train clients as one batch where the engine can (in-process, or on hosts)")
@@ -147,6 +150,9 @@ class RunConfig:
     run_name: str = _setting("", "the run's directory; empty is a time stamp")
     checkpoint_every: int = _setting(10, "rounds between checkpoints", low=1)
     resume: str = _setting("", "auto (the run named run-name, if it is there) or a run's directory")
+    max_total_bytes: int = _setting(
+        0, "stop after the round in which the run's bytes, up and down, reach so many; 0: no limit", low=0
+    )
     timeout: float = _setting(3600.0, "seconds to wait for the clients in a round", above=0)
     max_failure_fraction: float = _setting(0.5, "stop if more of a round's clients fail", low=0, high=1)
     max_norm_ratio: float = _setting(
@@ -203,12 +209,8 @@ class RunConfig:
 
     def _check_method(self) -> None:
         """Refuse settings that the method would ignore, and shares of epochs that make no sense."""
-        algorithm = ALGORITHMS[self.algorithm]
-        every_own = {name for other in ALGORITHMS.values() for name in other.own}
-        ignored = sorted(every_own - set(algorithm.own))
-        ignored += [] if algorithm.factorised else _OF_FACTORS
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in ignored:
+        for name in ALGORITHMS[self.algorithm].foreign:
             if getattr(self, name) != defaults[name]:
                 takers = [key for key, other in ALGORITHMS.items() if name in other.own] or ["factor-based methods"]
                 raise ConfigError(
@@ -244,9 +246,6 @@ class RunConfig:
                 "dataset = 'clients' leaves the server without data: give input-shape and num-classes, so that it can "
                 "build the model"
             )
-
-
-_OF_FACTORS = ("adapter", "ranks", "accumulate_every", "accumulate_at", "reinit", "accumulate_into")
 
 
 def name_to_key(name: str) -> str:

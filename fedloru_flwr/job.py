@@ -1,6 +1,7 @@
 """One run from settings to run directory: everything the ServerApp does, whatever engine calls it."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,13 +15,14 @@ from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import Samples, partition_indices
 from fedloru_flwr.engines.in_process import VirtualGrid
 from fedloru_flwr.environment import SUPERNODES
-from fedloru_flwr.models import NetworkFactory
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_table
 from fedloru_flwr.strategies import FederatedStrategy
-from fedloru_flwr.strategies.federated import CommonOptions
+from fedloru_flwr.strategies.federated import CommonOptions, ModelSource
 from fedloru_flwr.strategies.inner import server_optimizer
-from fedloru_flwr.workload import data_config, network_factory, server_data
+from fedloru_flwr.workload import check_init_adapter, data_config, network_factory, server_data
+
+AfterRound = Callable[[FederatedStrategy], None]
 
 
 def check(config: RunConfig) -> None:
@@ -30,7 +32,8 @@ def check(config: RunConfig) -> None:
         ValueError: `ConfigError`, `DataError`, `PlanError` or `OutputError`, each naming the setting.
     """
     _, spec = server_data(config)
-    _build(config, network_factory(config, spec))  # it refuses what the method cannot do
+    check_init_adapter(config)
+    build_strategy(config, network_factory(config, spec))  # it refuses what the method cannot do
     choose_device(config.device)
     continued = run_to_continue(config)
     if continued is None:
@@ -55,7 +58,7 @@ class Job:
 
     config: RunConfig
     samples: Samples | None
-    factory: NetworkFactory
+    factory: Callable[[], nn.Module]
     directory: RunDirectory
 
     @classmethod
@@ -73,27 +76,20 @@ class Job:
 
     def strategy(self, progress: RoundProgress | None) -> FederatedStrategy:
         """The strategy the settings describe."""
-        config = self.config
-        common: CommonOptions = {
-            "run_dir": self.directory.path,
-            "resume": "auto",  # the directory is this run's own: new, or to be continued
-            "checkpoint_every": config.checkpoint_every,
-            "max_failure_fraction": config.max_failure_fraction,
-            "max_norm_ratio": config.max_norm_ratio,
-            "observer": progress,
-            "enrol": True,
-            "fraction_train": config.fraction_train,
-            "fraction_evaluate": config.fraction_evaluate,
-            "evaluate_every": config.evaluate_every,
-            "evaluate_all_at_end": True,
-            "min_train_nodes": 1,
-            "min_evaluate_nodes": 1,
-            "min_available_nodes": 1,
-        }
-        return _build(config, self.factory, **common)
+        common = run_options(self.config)
+        common |= {"run_dir": self.directory.path, "observer": progress}
+        common["resume"] = "auto"  # the directory is this run's own: new, or to be continued
+        return build_strategy(self.config, self.factory, **common)
 
-    def run(self, grid: Grid, console: Console | None = None) -> dict[str, Any]:
-        """Train, show progress, and return the summary."""
+    def run(self, grid: Grid, console: Console | None = None, after_round: AfterRound | None = None) -> dict[str, Any]:
+        """Train, show progress, and return the summary.
+
+        Args:
+            grid: to talk to the clients through.
+            console: for people; default standard output.
+            after_round: called before round 1 and after every round, before the round's checkpoint is written, with
+                the strategy, whose state is the round's. Methods without a global model do not call it.
+        """
         config = self.config
         console = console or Console()
         rows = self.directory.read_rounds()
@@ -101,6 +97,12 @@ class Job:
         resumed_from = next((row for row in rows if found and row["round"] == found[0]), None)
         with RoundProgress(console, config.num_server_rounds, resumed_from=resumed_from) as progress:
             strategy = self.strategy(progress)
+
+            def evaluate_round(server_round: int, model: nn.Module) -> dict[str, float]:
+                if after_round is not None:
+                    after_round(strategy)
+                return self._central(server_round, model)
+
             _introduce(console, strategy, config, self.directory, found[0] if found else 0)
             if isinstance(grid, VirtualGrid):
                 grid.on_reply = progress.client_done
@@ -110,7 +112,7 @@ class Job:
                 strategy.initial_arrays(),
                 num_rounds=config.num_server_rounds,
                 timeout=config.timeout,
-                evaluate_fn=strategy.central_evaluation(self._central) if self.samples is not None else None,
+                evaluate_fn=strategy.central_evaluation(evaluate_round) if self.samples is not None else None,
             )
         summary = self.directory.read_summary()
         assert summary is not None
@@ -133,8 +135,31 @@ class Job:
         return evaluate(model, self.samples, choose_device(self.config.device))
 
 
-def _build(config: RunConfig, factory: NetworkFactory, **common: Unpack[CommonOptions]) -> FederatedStrategy:
+def run_options(config: RunConfig) -> CommonOptions:
+    """How the settings have a strategy run, but for where it leaves its files."""
+    return {
+        "checkpoint_every": config.checkpoint_every,
+        "max_failure_fraction": config.max_failure_fraction,
+        "max_norm_ratio": config.max_norm_ratio,
+        "max_total_bytes": config.max_total_bytes,
+        "enrol": True,
+        "fraction_train": config.fraction_train,
+        "fraction_evaluate": config.fraction_evaluate,
+        "evaluate_every": config.evaluate_every,
+        "evaluate_all_at_end": True,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": 1,
+    }
+
+
+def build_strategy(config: RunConfig, model: ModelSource, **common: Unpack[CommonOptions]) -> FederatedStrategy:
     """The strategy with what the settings combine it with.
+
+    Args:
+        config: the settings.
+        model: builds the network, or is one.
+        common: see `FederatedStrategy`.
 
     Raises:
         ValueError: where they make no sense together, with the reason.
@@ -151,7 +176,7 @@ def _build(config: RunConfig, factory: NetworkFactory, **common: Unpack[CommonOp
     common["proximal_mu"] = config.proximal_mu
     common["scaffold"] = config.scaffold
     common["measure_aggregation"] = config.aggregation_error
-    return ALGORITHMS[config.algorithm].build(config, factory, **common)
+    return ALGORITHMS[config.algorithm].build(config, model, **common)
 
 
 def _introduce(

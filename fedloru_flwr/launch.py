@@ -127,8 +127,9 @@ def run(
     summary = RunDirectory.open(path).read_summary()
     if summary is None:
         raise RunFailedError(f"the run ended without a summary; what it saved is in {path}")
-    # The run may be continued with more rounds: what clients have of their own is kept, the rest can be sent again.
-    for part in ("bases", "entries", "clients"):
+    # The run may be continued with more rounds: what clients have of their own is kept, the rest can be sent again; not
+    # after a limit on bytes.
+    for part in ("bases", "entries", "clients") if summary["status"] != "stopped" else ():
         shutil.rmtree(store / part, ignore_errors=True)
     with contextlib.suppress(OSError):
         store.rmdir()
@@ -142,6 +143,8 @@ def _resolve(config: RunConfig) -> RunConfig:
     settings["output-dir"] = str(output_dir)
     if config.data_path:
         settings["data-path"] = str(Path(config.data_path).expanduser().absolute())
+    if config.init_adapter:
+        settings["init-adapter"] = str(Path(config.init_adapter).expanduser().absolute())
     if config.resume not in ("", "auto"):
         settings["resume"] = str(Path(config.resume).expanduser().absolute())
     return RunConfig.from_mapping(settings)

@@ -5,13 +5,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
-
     from fedloru_flwr.config import RunConfig
     from fedloru_flwr.strategies import FederatedStrategy
-    from fedloru_flwr.strategies.federated import CommonOptions
+    from fedloru_flwr.strategies.federated import CommonOptions, ModelSource
+
+_OF_FACTORS = ("adapter", "ranks", "accumulate_every", "accumulate_at", "reinit", "accumulate_into")
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,14 @@ class Algorithm:
         found: type[FederatedStrategy] = getattr(import_module("fedloru_flwr.strategies"), self.cls)
         return found
 
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """Settings that it does not have: other methods' own, and where it trains no factors those of factors."""
+        others = {name for other in ALGORITHMS.values() for name in other.own} - set(self.own)
+        return (*sorted(others), *(() if self.factorised else _OF_FACTORS))
+
     def build(
-        self, config: "RunConfig", model: "Callable[[], nn.Module]", **common: "Unpack[CommonOptions]"
+        self, config: "RunConfig", model: "ModelSource", **common: "Unpack[CommonOptions]"
     ) -> "FederatedStrategy":
         """Make the strategy that the settings describe."""
         own: dict[str, Any] = {"seed": config.seed}

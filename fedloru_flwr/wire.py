@@ -600,7 +600,8 @@ def _attached(reply: Reply) -> dict[str, dict[str, Tensor]]:
     return {key: of for key, of in ((STATISTICS, reply.statistics), (EXTRAS, reply.extras)) if of}
 
 
-def _reply_records(reply: Reply, arrays: ArrayRecord | None, arrays_key: str, config_key: str) -> RecordDict:
+def reply_records(reply: Reply, arrays: ArrayRecord | None, arrays_key: str, config_key: str) -> RecordDict:
+    """The content of a reply's message; without ``arrays`` one that has none."""
     attached = {key: _to_bytes(of) for key, of in _attached(reply).items()}
     config = ConfigRecord({HEADER: _reply_header(reply), **attached})
     records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
@@ -650,7 +651,7 @@ class ReadyReply(Message):
         """The records, made at first use."""
         if self.__dict__.pop("_ready", False):
             arrays = to_record(self.reply.tensors) if self.trained else None
-            self.__dict__["_content"] = _reply_records(self.reply, arrays, self.arrays_key, self.config_key)
+            self.__dict__["_content"] = reply_records(self.reply, arrays, self.arrays_key, self.config_key)
         return super().content
 
     @content.setter
@@ -672,7 +673,7 @@ class ReadyReply(Message):
         if self.trained:
             known = _size_of_arrays(tuple((name, t.shape, t.dtype) for name, t in reply.tensors.items()))
             if known is None or _any_equal(reply.tensors, known.alike):
-                content = _reply_records(reply, to_record(reply.tensors), self.arrays_key, self.config_key)
+                content = reply_records(reply, to_record(reply.tensors), self.arrays_key, self.config_key)
                 self._size = content_bytes(content), extras_bytes(content)
                 return self._size
             arrays = known.size

@@ -1,8 +1,11 @@
 """From settings to data and network, the same on the server and on every client."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 from flwr.app import Context
+from torch import nn
 
 from fedloru_flwr.clients.training import LocalOptimisation
 from fedloru_flwr.config import ConfigError, RunConfig
@@ -18,7 +21,7 @@ from fedloru_flwr.data import (
     validate,
 )
 from fedloru_flwr.lowrank import AccumulationSchedule, LearningRateSchedule
-from fedloru_flwr.models import NetworkFactory
+from fedloru_flwr.models import FromAdapter, NetworkFactory
 from fedloru_flwr.registry import ALGORITHMS
 
 
@@ -75,8 +78,35 @@ def client_data(config: DataConfig, context: Context) -> tuple[ClientData, DataS
     return load_client(config, partition_id)
 
 
-def network_factory(config: RunConfig, spec: DataSpec) -> NetworkFactory:
-    """The network that fits the data.
+def network_factory(config: RunConfig, spec: DataSpec) -> Callable[[], nn.Module]:
+    """The network that fits the data, with the adapter that ``init-adapter`` names.
+
+    A client that has no such directory builds the network without it; since its ``W_0`` is then not the server's, it is
+    sent that one.
+
+    Raises:
+        ConfigError: if it cannot take the data's samples.
+    """
+    plain = plain_network(config, spec)
+    if config.init_adapter and Path(config.init_adapter).is_dir():
+        return FromAdapter(plain, config.init_adapter)
+    return plain
+
+
+def check_init_adapter(config: RunConfig) -> None:
+    """Refuse an ``init-adapter`` that is not there.
+
+    Raises:
+        ConfigError: it names no directory.
+    """
+    if config.init_adapter and not Path(config.init_adapter).is_dir():
+        raise ConfigError(
+            f"init-adapter = {config.init_adapter!r} is no directory: name one that PEFT's save_pretrained has made"
+        )
+
+
+def plain_network(config: RunConfig, spec: DataSpec) -> NetworkFactory:
+    """The network that fits the data, before any adapter.
 
     Raises:
         ConfigError: if it cannot take the data's samples.

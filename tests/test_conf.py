@@ -12,10 +12,12 @@ from fedloru_flwr import launch
 from fedloru_flwr.compare.spec import read_spec
 from fedloru_flwr.config import RunConfig, read_config_file
 from fedloru_flwr.data import sources
+from fedloru_flwr.rank.spec import read_rank_spec
 
 CONF = Path(__file__).parent.parent / "conf"
 RUNS = sorted(CONF.glob("digits-*.toml"))
-COMPARISONS = sorted(path for path in CONF.rglob("*.toml") if path not in RUNS)
+ANALYSES = sorted(CONF.glob("rank-*.toml"))
+COMPARISONS = sorted(path for path in CONF.rglob("*.toml") if path not in (*RUNS, *ANALYSES))
 PAPER = sorted((CONF / "paper").glob("*.toml"))
 QUICK = "fmnist.toml"
 # Column and label names, channels and sides of the data sets on the hub; classes are few enough for a quick stand-in.
@@ -34,6 +36,11 @@ def test_every_run_is_valid(path):
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: str(path.relative_to(CONF)))
 def test_every_comparison_is_valid(path):
     assert read_spec(path).methods
+
+
+@pytest.mark.parametrize("path", ANALYSES, ids=lambda path: path.name)
+def test_every_analysis_is_valid(path):
+    assert read_rank_spec(path).trainings
 
 
 def stand_in(folder, name, per_class=3):

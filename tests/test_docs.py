@@ -1,5 +1,6 @@
 """What the documents say is true: settings, defaults, snippets."""
 
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
@@ -11,8 +12,9 @@ from flwr.serverapp import ServerApp
 from make_settings_table import PATH, table
 from torch import nn
 
-from fedloru_flwr.config import RunConfig
+from fedloru_flwr.config import RunConfig, name_to_key
 from fedloru_flwr.engines.in_process import run_in_process
+from fedloru_flwr.rank.spec import Measure, parse_rank_spec
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,3 +108,21 @@ def test_the_strategies_named_in_the_docs_compose(recwarn):
 def test_the_connection_of_the_readme_is_toml():
     (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert tomllib.loads(block)["superlink"]["local-simulation"]["options"]["num-supernodes"] == 100
+
+
+def test_the_snippet_of_the_rank_page_runs_as_it_stands():
+    names = {"model": Net(), "inputs": torch.randn(20, 12), "labels": torch.randint(3, (20,))}
+    exec(blocks("docs/rank.md", "from fedloru_flwr.rank import"), names)
+    assert set(names["found"]) == {"", "hidden", "out"}
+
+
+def test_the_conf_of_the_rank_page_is_valid_and_its_table_has_the_real_keys_and_defaults():
+    page = (ROOT / "docs/rank.md").read_text()
+    (conf,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert parse_rank_spec(tomllib.loads(conf), "page", "docs/rank.md").trainings
+    defaults = {name_to_key(field.name): field.default for field in dataclasses.fields(Measure)}
+    rows = re.findall(r"^\| `([a-z]+)` \| ?`?([^|`]*?)`? ?\|", page, re.MULTILINE)
+    assert [key for key, _ in rows] == list(defaults)
+    for key, shown in rows[1:]:
+        default = defaults[key]
+        assert tomllib.loads(f"value = {shown}")["value"] == (list(default) if isinstance(default, tuple) else default)

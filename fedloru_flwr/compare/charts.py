@@ -1,13 +1,12 @@
 """The report's pictures, as SVG: the same bytes for the same numbers, a method looking the same in all of them."""
 
-import io
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedloru_flwr.compare import measures
+from fedloru_flwr.compare.drawing import GREY, INK, Look, as_svg, explain, figure_of, looks
 from fedloru_flwr.compare.judged import Comparison, Judged, same_but
 from fedloru_flwr.compare.measures import Metric, Stat
 from fedloru_flwr.compare.records import Record
@@ -16,29 +15,6 @@ from fedloru_flwr.compare.table import METRIC_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Okabe and Ito's palette, which the colour-blind can tell apart. With five line styles (7 and 5 have no common divisor)
-# it gives 35 looks; neighbours in the list differ in both.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B77B00", "#56B4E9", "#000000")
-_DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.5), (1.2, 1.2), (5, 1.5, 1.2, 1.5), (9, 2))
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_GREY, _INK = "#6B7079", "#23272E"
-_SIZE = (5.2, 3.7)  # inches: about 375 points, the width of a phone, so that text keeps its size there
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a method is drawn, everywhere."""
-
-    colour: str
-    dashes: tuple[float, ...]
-    marker: str
-
-    @property
-    def style(self) -> Any:
-        """For matplotlib."""
-        return (0, self.dashes) if self.dashes else "-"
 
 
 @dataclass(frozen=True)
@@ -56,12 +32,6 @@ class Chart:
     alt: str
     svg: bytes
     methods: tuple[str, ...] = ()
-
-
-def looks(names: Sequence[str]) -> dict[str, Look]:
-    """A look for each method, by its place in the list."""
-    cycles = zip(names, itertools.cycle(_COLOURS), itertools.cycle(_DASHES), itertools.cycle(_MARKERS), strict=False)
-    return {name: Look(colour, dashes, marker) for name, colour, dashes, marker in cycles}
 
 
 def files(comparison: Comparison) -> dict[str, bytes]:
@@ -92,7 +62,7 @@ def accuracy_charts(comparison: Comparison, metric: Metric, *, alone: bool = Fal
         head = describe(comparison.combinations[number])
         for by, unit in (("rounds", "round"), ("bytes", "MB sent up so far, all clients together")):
             title = f"{METRIC_NAMES[metric].capitalize()} against {by}" + (f", {head}" if head else "")
-            figure, axes = _figure(unit, METRIC_NAMES[metric])
+            figure, axes = figure_of(unit, METRIC_NAMES[metric])
             for one in drawn:
                 line = one.curve(metric)
                 xs: list[float] = list(line.rounds) if by == "rounds" else [up / 1e6 for up in line.up]
@@ -101,9 +71,9 @@ def accuracy_charts(comparison: Comparison, metric: Metric, *, alone: bool = Fal
             if by == "bytes":
                 _log_bytes(axes, [up / 1e6 for one in drawn for up in one.curve(metric).up if up > 0])
             if alone:
-                _explain(figure, title, {one.label: style[one.row.method] for one in drawn})
+                explain(figure, title, {one.label: style[one.row.method] for one in drawn})
             ends = "; ".join(f"{one.label} ends at {one.curve(metric).values[-1].mean:.3f}" for one in drawn)
-            charts.append(Chart(title, f"Line chart. {title}. {ends}.", _svg(figure), _methods(drawn)))
+            charts.append(Chart(title, f"Line chart. {title}. {ends}.", as_svg(figure), _methods(drawn)))
     return charts
 
 
@@ -137,8 +107,8 @@ def gap_charts(comparison: Comparison, *, alone: bool = False) -> list[Chart]:
             continue
         head = describe(other)
         title = f"Gap to {reference} against the number of clients" + (f", {head}" if head else "")
-        figure, axes = _figure("clients", f"final accuracy minus that of {reference}")
-        axes.axhline(0, color=_GREY, linewidth=0.8)
+        figure, axes = figure_of("clients", f"final accuracy minus that of {reference}")
+        axes.axhline(0, color=GREY, linewidth=0.8)
         for shift, (method, line) in enumerate(points.items()):
             look = style[method]
             # Side by side, so that the bars of one number of clients can be told apart.
@@ -159,12 +129,12 @@ def gap_charts(comparison: Comparison, *, alone: bool = False) -> list[Chart]:
         axes.set_xscale("log")
         _plain_ticks(axes, sorted({float(comparison.combinations[number][axis]) for number in numbers}))
         if alone:
-            _explain(figure, title, {comparison.results.labels[method]: style[method] for method in points})
+            explain(figure, title, {comparison.results.labels[method]: style[method] for method in points})
         told = "; ".join(
             f"{comparison.results.labels[method]} " + ", ".join(f"{gap.mean:+.3f} at {x:g}" for x, gap in line)
             for method, line in points.items()
         )
-        charts.append(Chart(title, f"Line chart. {title}. {told}.", _svg(figure), tuple(points)))
+        charts.append(Chart(title, f"Line chart. {title}. {told}.", as_svg(figure), tuple(points)))
     return charts
 
 
@@ -178,7 +148,7 @@ def error_charts(comparison: Comparison) -> list[Chart]:
             continue
         head = describe(comparison.combinations[number])
         title = "Aggregation error over rounds" + (f", {head}" if head else "")
-        figure, axes = _figure("round", "relative aggregation error")
+        figure, axes = figure_of("round", "relative aggregation error")
         for one in drawn:
             look, shown = style[one.row.method], [(n, error) for n, error in one.errors if error > 0]
             axes.plot(
@@ -191,7 +161,7 @@ def error_charts(comparison: Comparison) -> list[Chart]:
             )
         axes.set_yscale("log")
         told = "; ".join(f"{one.label} ends at {one.errors[-1][1]:.3g}" for one in drawn)
-        charts.append(Chart(title, f"Line chart. {title}. {told}.", _svg(figure), _methods(drawn)))
+        charts.append(Chart(title, f"Line chart. {title}. {told}.", as_svg(figure), _methods(drawn)))
     return charts
 
 
@@ -208,7 +178,7 @@ def spread_charts(comparison: Comparison) -> list[Chart]:
         head = describe(comparison.combinations[number])
         title = "Mean and worst decile of the clients" + (f", {head}" if head else "")
         lines = [(one, kind, stats) for one in group for kind in found for o, stats in found[kind] if o is one]
-        figure, axes = _figure("accuracy on the clients' own held-out samples", "", height=0.9 + 0.27 * len(lines))
+        figure, axes = figure_of("accuracy on the clients' own held-out samples", "", height=0.9 + 0.27 * len(lines))
         style = looks(list(comparison.results.labels))
         for place, (one, kind, (mean, _, worst)) in enumerate(reversed(lines)):
             look, own = style[one.row.method], kind == "personal-accuracy"
@@ -226,7 +196,7 @@ def spread_charts(comparison: Comparison) -> list[Chart]:
             f"{one.label}{', own models' * (kind != 'accuracy')} mean {mean.mean:.3f}, worst decile {worst.mean:.3f}"
             for one, kind, (mean, _, worst) in lines
         )
-        charts.append(Chart(title, f"Dot chart. {title}. {told}.", _svg(figure)))
+        charts.append(Chart(title, f"Dot chart. {title}. {told}.", as_svg(figure)))
     return charts
 
 
@@ -240,15 +210,15 @@ def partition_charts(comparison: Comparison) -> list[Chart]:
         what = f"{settings['dataset']}, {settings['partitioner']}, {settings['num-clients']} clients"
         shown = f" (the first {clients})" if clients < settings["num-clients"] else ""
         title = f"Partition: {what}{shown}"
-        figure, axes = _figure("client", "class", height=1.5 + 0.14 * min(max(classes, 8), 40))
+        figure, axes = figure_of("client", "class", height=1.5 + 0.14 * min(max(classes, 8), 40))
         axes.grid(False, which="both")
         axes.minorticks_off()
         by_class = [[client[label] for client in counts] for label in range(classes)]
         image = axes.imshow(by_class, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, origin="lower")
         _integer_ticks(axes)
         bar = figure.colorbar(image, ax=axes, pad=0.02)
-        bar.set_label("samples", color=_INK, fontsize=10)
-        bar.ax.tick_params(labelsize=9, labelcolor=_INK)
+        bar.set_label("samples", color=INK, fontsize=10)
+        bar.ax.tick_params(labelsize=9, labelcolor=INK)
         bar.outline.set_visible(False)
         sizes = [sum(client) for client in counts]
         held = [sum(count > 0 for count in client) for client in counts]
@@ -256,7 +226,7 @@ def partition_charts(comparison: Comparison) -> list[Chart]:
             f"Heat map of {clients} clients by {classes} classes ({what}). Clients have {min(sizes)} to {max(sizes)} "
             f"samples of {min(held)} to {max(held)} classes."
         )
-        charts.append(Chart(title, alt, _svg(figure)))
+        charts.append(Chart(title, alt, as_svg(figure)))
     return charts
 
 
@@ -266,43 +236,6 @@ def _methods(drawn: Sequence[Judged]) -> tuple[str, ...]:
 
 def _by_seed(one: Judged) -> dict[int, Record]:
     return {seed: record for seed, record in one.row.runs.items() if record.finished}
-
-
-def _figure(xlabel: str, ylabel: str, height: float = _SIZE[1]) -> "tuple[Figure, Axes]":
-    # Standing alone: pyplot's figures, backend and settings remain the user's.
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(
-        figsize=(_SIZE[0], height), facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
-    )
-    axes = figure.subplots()
-    axes.set_axisbelow(True)
-    axes.minorticks_on()
-    axes.grid(which="major", color="#DADDE2", linewidth=0.7)
-    axes.grid(which="minor", color="#EEF0F3", linewidth=0.5)
-    axes.tick_params(which="both", color="#B5BAC2", labelcolor=_INK, labelsize=10)
-    axes.tick_params(which="minor", length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#B5BAC2")
-    axes.set_xlabel(xlabel, fontsize=10.5, color=_INK)
-    axes.set_ylabel(ylabel, fontsize=10.5, color=_INK)
-    return figure, axes
-
-
-def _explain(figure: "Figure", title: str, drawn: Mapping[str, Look]) -> None:
-    """Add a title, and below the axes a legend."""
-    from matplotlib.lines import Line2D
-
-    columns = 2
-    figure.set_figheight(figure.get_figheight() + 0.3 + 0.19 * -(-len(drawn) // columns))
-    figure.suptitle(title, fontsize=11, color=_INK)
-    handles = [
-        Line2D([], [], color=look.colour, linestyle=look.style, marker=look.marker, markersize=4.5, label=label)
-        for label, look in drawn.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _band(axes: "Axes", xs: Sequence[float], values: Sequence[Stat], look: Look, opacity: float) -> None:
@@ -358,12 +291,3 @@ def _integer_ticks(axes: "Axes") -> None:
 
 def _shortened(text: str, most: int = 34) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}\u2026"
-
-
-def _svg(figure: "Figure") -> bytes:
-    from matplotlib import rc_context
-
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "fedloru", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()

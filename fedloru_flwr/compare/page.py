@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from fedloru_flwr.compare import captions, charts
+from fedloru_flwr.compare import captions, charts, drawing
 from fedloru_flwr.compare.charts import Chart
 from fedloru_flwr.compare.judged import Comparison
 from fedloru_flwr.compare.measures import Metric
@@ -68,7 +68,7 @@ def html(comparison: Comparison) -> str:
         failures=failures(comparison),
         winners=winners_table(comparison),
         sections=_sections(comparison),
-        looks=charts.looks(list(results.labels)),
+        looks=drawing.looks(list(results.labels)),
         origins=results.origins,
         style=(source / "page.css").read_text(encoding="utf-8"),
     )

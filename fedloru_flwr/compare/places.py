@@ -59,9 +59,10 @@ class Places:
         return {**run.settings, "output-dir": str(place.parent), "run-name": place.name}
 
     def finished(self, run: Wanted) -> bool:
-        """Whether the run has ended well."""
+        """Whether the run has ended well: with its last round, or with the one that reached ``max-total-bytes``."""
         summary = _read(self.place(run).path / "summary.json")
-        return summary.get("status") == "finished" and summary.get("rounds") == run.settings["num-server-rounds"]
+        whole = summary.get("status") == "finished" and summary.get("rounds") == run.settings["num-server-rounds"]
+        return whole or summary.get("status") == "stopped"
 
     def make_ready(self, run: Wanted) -> Path:
         """Clear away what cannot be continued; return the file for the run's output.

@@ -14,6 +14,9 @@ from fedloru_flwr.engines.app_dir import DISTRIBUTION
 # Settings that say where and how a run is carried out, not what it computes.
 FREE = ("output-dir", "run-name", "resume", "checkpoint-every", "timeout")
 
+# A run's status when it has come to its last round, and when ``max-total-bytes`` has ended it before.
+ENDED_WELL = ("finished", "stopped")
+
 Series = list[float | None]
 
 
@@ -97,7 +100,7 @@ class Record:
         run = RunDirectory.open(path)
         settings = run.read_manifest().get("config", {})
         summary = run.read_summary()
-        if not reason and (summary is None or summary["status"] != "finished"):
+        if not reason and (summary is None or summary["status"] not in ENDED_WELL):
             reason = f"the run is {summary['status'] if summary else 'not at its end'}"
         return cls.of_rows(settings, run.read_rounds(), reason=reason, path=str(run.path))
 

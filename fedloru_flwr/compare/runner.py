@@ -79,14 +79,14 @@ class Runner:
         self._places.logs.mkdir(parents=True, exist_ok=True)
         with (
             self._progress,
-            _font_cache() as fonts,
+            font_cache() as fonts,
             Pool(
                 self._jobs,
                 worker_environment(fonts, self._lock),
                 self._places.logs / "workers.log",
                 () if self._lock is None else (self._lock,),
             ) as pool,
-            _signals(pool),
+            signals(pool),
         ):
             self._check(pool)
             self._run_all(pool)
@@ -226,7 +226,7 @@ class Runner:
 
 
 @contextmanager
-def _font_cache() -> Iterator[str]:
+def font_cache() -> Iterator[str]:
     """A directory for matplotlib's font cache that workers share."""
     if chosen := os.environ.get("MPLCONFIGDIR"):
         yield chosen
@@ -239,7 +239,7 @@ def _font_cache() -> Iterator[str]:
 
 
 @contextmanager
-def _signals(pool: Pool) -> Iterator[None]:
+def signals(pool: Pool) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the comparison in order; a second one ends it at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

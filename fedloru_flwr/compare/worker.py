@@ -123,7 +123,23 @@ def partition(task: Mapping[str, Any]) -> Answer:
     return {"counts": [np.bincount(labels[indices], minlength=classes).tolist() for indices in clients]}
 
 
-TASKS: dict[str, Callable[[Mapping[str, Any]], Answer]] = {"check": check, "run": run, "partition": partition}
+def rank(task: Mapping[str, Any]) -> Answer:
+    """Carry out one training of a rank analysis and measure it, or go on with that."""
+    from pathlib import Path
+
+    from fedloru_flwr.rank.spec import Measure
+    from fedloru_flwr.rank.unit import carry_out
+
+    carry_out(task["settings"], task["clients"], Measure.of_json(task["measure"]), Path(task["directory"]))
+    return {}
+
+
+TASKS: dict[str, Callable[[Mapping[str, Any]], Answer]] = {
+    "check": check,
+    "run": run,
+    "partition": partition,
+    "rank": rank,
+}
 
 
 if __name__ == "__main__":

@@ -166,7 +166,12 @@ def _own(path: str, config: DataConfig) -> tuple[ClientData, DataSpec]:
     return _hold_out(train, config, generator("own", config.seed)), spec
 
 
+def held_out_count(count: int, fraction: float) -> int:
+    """How many of ``count`` samples a client holds out: about ``fraction`` of them, at least one and not all."""
+    return min(max(1, round(fraction * count)), count - 1)
+
+
 def _hold_out(samples: Samples, config: DataConfig, rng: np.random.Generator) -> ClientData:
     order = rng.permutation(len(samples))
-    held = min(max(1, round(config.held_out_fraction * len(samples))), len(samples) - 1)
+    held = held_out_count(len(samples), config.held_out_fraction)
     return ClientData(train=samples.subset(order[held:]), held_out=samples.subset(order[:held]))

@@ -12,6 +12,7 @@ from fedloru_flwr.lowrank.aggregation import (
     unnest,
 )
 from fedloru_flwr.lowrank.averaging import weighted_mean
+from fedloru_flwr.lowrank.compress import compress, has_zero_product, join, relative_difference
 from fedloru_flwr.lowrank.factors import (
     Adapter,
     FactorisedLayer,
@@ -53,6 +54,7 @@ __all__ = [
     "as_pair",
     "best_pair",
     "choose",
+    "compress",
     "concatenate",
     "cut",
     "derive_seed",
@@ -60,13 +62,16 @@ __all__ = [
     "fold",
     "frozen_a",
     "generator_states",
+    "has_zero_product",
     "initial_factors",
     "initial_hadamard",
+    "join",
     "mean_product",
     "orthonormal_rows",
     "pad",
     "place_of",
     "product",
+    "relative_difference",
     "residual",
     "restore_generators",
     "seed_everything",

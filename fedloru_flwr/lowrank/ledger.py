@@ -20,12 +20,16 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def digest_tensors(tensors: Mapping[str, Tensor], *, salt: bytes = b"") -> str:
-    """Return the SHA-256 (hexadecimal) of names, dtypes, shapes and values, independent of the dict's order."""
+    """Return the SHA-256 (hexadecimal) of names, dtypes, shapes and values, independent of the dict's order.
+
+    Tensors on the meta device, as in a plan, have no values to count.
+    """
     digest = hashlib.sha256(salt)
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach()
         digest.update(f"{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1e".encode())
-        if tensor.numel():
+        if tensor.numel() and not tensor.is_meta:
+            tensor = tensor.cpu().contiguous()
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -80,7 +80,7 @@ class AdaptedModel:
             _keep_attributes(peft_layer)
             if self.layout.family == "lora":
                 _follow_convolution(layer, peft_layer, _TRAINED)
-                _in_float(_pair(layer, peft_layer, _TRAINED))
+                _in_float(pair_of(layer, peft_layer, _TRAINED))
 
     def use(self, layout: Layout) -> None:
         """Give the model this layout; its adapter tensors are then undefined until `write_values`.
@@ -128,7 +128,7 @@ class AdaptedModel:
                 return
             peft_layer.update_layer(adapter, rank, lora_alpha=scale * rank, config=self._config)
         _follow_convolution(layer, peft_layer, adapter)
-        _in_float(_pair(layer, peft_layer, adapter))
+        _in_float(pair_of(layer, peft_layer, adapter))
 
     def _activate(self) -> None:
         """Have every adapter that is there take part."""
@@ -153,9 +153,9 @@ class AdaptedModel:
                 parts = (a[0].down, a[0].up, b[0].down, b[0].up)
                 found |= dict(zip(nested_keys(layer), parts, strict=True))
             else:
-                found |= dict(zip((layer.a_key, layer.b_key), _pair(layer, peft_layer, _TRAINED), strict=True))
+                found |= dict(zip((layer.a_key, layer.b_key), pair_of(layer, peft_layer, _TRAINED), strict=True))
             if self.layout.personal_rank:
-                found |= dict(zip(personal_keys(layer), _pair(layer, peft_layer, _PERSONAL), strict=True))
+                found |= dict(zip(personal_keys(layer), pair_of(layer, peft_layer, _PERSONAL), strict=True))
         self._values = {**found, **{name: self._parameters[name] for name in self.plan.dense_leaves}}
         for key, parameter in found.items():
             self._built[key] = parameter.dtype
@@ -167,7 +167,7 @@ class AdaptedModel:
             parameter.requires_grad_(key in self._trained)
         for layer in self.plan.adapted if self.layout.family == "lora" else ():
             if _LEDGER in self._layers[layer.name].r:  # PEFT switches gradients on for whatever it activates
-                for part in _pair(layer, self._layers[layer.name], _LEDGER):
+                for part in pair_of(layer, self._layers[layer.name], _LEDGER):
                     part.requires_grad_(False)
 
     def train_only(self, keys: Sequence[str]) -> None:
@@ -264,7 +264,7 @@ class AdaptedModel:
                     lora.delete_adapter(_LEDGER)
                 continue
             self._add(layer, _LEDGER, joined[layer.b_key].shape[1], 1.0)
-            for part, key in zip(_pair(layer, lora, _LEDGER), (layer.a_key, layer.b_key), strict=True):
+            for part, key in zip(pair_of(layer, lora, _LEDGER), (layer.a_key, layer.b_key), strict=True):
                 part.copy_(joined[key])
         self._activate()
         self._set_gradients()
@@ -331,7 +331,8 @@ def _note_gradient(parameter: nn.Parameter, key: str, seen: set[str]) -> Any:
     return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch's is untyped
 
 
-def _pair(layer: FactorisedLayer, lora: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+def pair_of(layer: FactorisedLayer, lora: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """The parameters of ``A`` and ``B`` of a PEFT layer's adapter."""
     if layer.kind == "embedding":
         return lora.lora_embedding_A[adapter], lora.lora_embedding_B[adapter]
     return lora.lora_A[adapter].weight, lora.lora_B[adapter].weight

@@ -25,7 +25,7 @@ from fedloru_flwr.models.plan import canonical_names
 class FunctionalModel:
     """A model that takes its tensors as arguments, for one client or for many at once.
 
-    It is built from a copy of ``module``, in training mode. Not to be called from several threads at once.
+    It is built from a copy of ``module``, by default in training mode. Not to be called from several threads at once.
 
     Args:
         module: the plain model; it is not changed.
@@ -33,6 +33,7 @@ class FunctionalModel:
         layout: what each of them holds; needed where there are layers.
         dense_leaves: parameters that each client has for itself.
         side_by_side: whether clients' samples may go through the model side by side; else it is left to `torch.func`.
+        training: whether dropout drops and batch normalisation uses the batch's statistics.
 
     Attributes:
         keys: of a client's values, in order: adapter tensors, then dense leaves.
@@ -50,8 +51,9 @@ class FunctionalModel:
         dense_leaves: Sequence[str] = (),
         *,
         side_by_side: bool = True,
+        training: bool = True,
     ) -> None:
-        self._module = copy.deepcopy(module).train().requires_grad_(False)
+        self._module = copy.deepcopy(module).train(training).requires_grad_(False)
         self.layers = tuple(layers)
         self.buffers = dict(self._module.named_buffers())
         adapters: list[str] = []

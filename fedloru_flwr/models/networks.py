@@ -149,11 +149,11 @@ def seeded_initialisation(model: nn.Module, seed: int) -> nn.Module:
     ``b = 1 / sqrt(fan_in)`` (torch's default); biases zero. Normalisation layers keep their ones and zeros.
 
     Returns:
-        The model, changed in place.
+        The model, changed in place. On the meta device there is nothing to draw.
     """
     with torch.no_grad():
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:
                 fan_in = module.weight[0].numel()
                 bound = math.sqrt((6.0 if isinstance(module, nn.Conv2d) else 1.0) / fan_in)
                 module.weight.copy_(uniform(seed, "initial", name, shape=module.weight.shape, bound=bound))

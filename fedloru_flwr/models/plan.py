@@ -256,14 +256,7 @@ def plan_adapter(
                 f"the model already carries PEFT's layers ({name or type(module).__name__}): pass the plain model "
                 "(PEFT's merge_and_unload() returns it, with its gradients off)"
             )
-    shared: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shared.setdefault(id(parameter), []).append(name)
-    inside_attention = {
-        f"{name}.out_proj" if name else "out_proj"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-    }
+    shared, inside_attention = _shared_names(model), _inside_attention(model)
     candidates = [(name, module) for name, module in model.named_modules() if _kind(module) is not None]
     targets = as_names(target_modules)
     chosen: list[FactorisedLayer] = []
@@ -365,6 +358,68 @@ def plan_model(
     return replace(plan, form=form, scale=1.0 if form == "from-zero" else plan.scale)
 
 
+def plan_recorded(
+    model: nn.Module, form: Form, rank: int, alpha: float, layers: Sequence[str], dense_leaves: Sequence[str]
+) -> AdapterPlan:
+    """The plan of a run that has written down what it factorised and what it trained densely.
+
+    Args:
+        model: the plain model; it is not changed.
+        form: see `AdapterPlan`.
+        rank: ``r``.
+        alpha: LoRA's alpha.
+        layers: names of the factorised layers.
+        dense_leaves: names of the parameters trained as they are.
+
+    Raises:
+        PlanError: if the model has no such layer or parameter.
+    """
+    modules, parameters = dict(model.named_modules()), [name for name, _ in model.named_parameters()]
+    missing = [name for name in layers if name not in modules or _kind(modules[name]) is None]
+    missing += [name for name in dense_leaves if name not in parameters]
+    if missing:
+        raise PlanError(
+            f"the model has no {', '.join(missing[:5])}, which the run has trained: it is not the run's model, or not "
+            "built with the same settings"
+        )
+    found = []
+    for name in layers:
+        kind = _kind(modules[name])
+        assert kind is not None
+        found.append(_layer(name, modules[name], kind, rank))
+    dense = tuple(name for name in parameters if name in set(dense_leaves))
+    base = tuple(name for name in parameters if name not in dense)
+    scale = 1.0 if form in ("full", "from-zero", "compressed") else alpha / rank
+    return AdapterPlan(tuple(found), dense, tuple(_statistics(model)), base, scale, form=form)
+
+
+def factorisable(model: nn.Module, name: str, rank: int) -> FactorisedLayer | str:
+    """The layer of this name as one with factors of a rank, or why it cannot have any."""
+    module = model.get_submodule(name)
+    kind = _kind(module)
+    if kind is None:
+        return f"its class {type(module).__name__} is no linear, convolutional or embedding layer"
+    obstacle = _obstacle(name, module, _shared_names(model), _inside_attention(model))
+    return obstacle if obstacle is not None else _layer(name, module, kind, rank)
+
+
+def _shared_names(model: nn.Module) -> dict[int, list[str]]:
+    """The names under which each parameter is found, by ``id``."""
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    return shared
+
+
+def _inside_attention(model: nn.Module) -> set[str]:
+    """The output projections of torch's attention layers."""
+    return {
+        f"{name}.out_proj" if name else "out_proj"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+
+
 def plan_full(model: nn.Module) -> AdapterPlan:
     """The plan of full-rank training: nothing is factorised, every trainable parameter is a dense leaf."""
     _check_initialised(model)
@@ -447,8 +502,12 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a plain model, detached, on the CPU and not shared with it; tied entries are tied no more."""
-    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    """The state dict of a plain model, detached, on the CPU and not shared with it; tied entries are tied no more.
+
+    Tensors on the meta device, as in a plan, stay there.
+    """
+    values = {name: value.detach() for name, value in model.state_dict().items()}
+    return {name: (value if value.is_meta else value.cpu()).clone() for name, value in values.items()}
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

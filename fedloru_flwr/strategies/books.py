@@ -123,6 +123,7 @@ class Books:
     Attributes:
         observer: as given.
         result: Flower's, filled as rounds end.
+        total_bytes: on the bills of all rounds so far, up and down, those of a continued run included.
     """
 
     def __init__(self, run_dir: str | Path | None, resume: str | Path | None, observer: Observer | None) -> None:
@@ -135,6 +136,7 @@ class Books:
         self._first_round = 0
         self._saved_round = -1
         self.result = Result()
+        self.total_bytes = 0
 
     def open(self, settings: Mapping[str, Any], root: str, stateful: str | None) -> Found | None:
         """Open the run's directory and return where to continue, or None for a new run; nothing is changed yet.
@@ -201,6 +203,7 @@ class Books:
                 getattr(self.result, name).update(there)
             self._first_round = self._saved_round = server_round
             rows = self._run.read_rounds()
+            self.total_bytes = sum(row["bytes_up"] + row["bytes_down"] for row in rows)
             self._previous = next((row for row in rows if row["round"] == server_round), None)
             log(INFO, "continuing after round %d", server_round)
         self._run.update_manifest(
@@ -220,6 +223,7 @@ class Books:
             num_rounds: of the whole run.
             started: when the run was, by the monotonic clock.
         """
+        self.total_bytes += row["bytes_up"] + row["bytes_down"]
         if self._run is not None:
             self._run.append_round(row)
         if self.observer is not None:

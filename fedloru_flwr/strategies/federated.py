@@ -76,6 +76,7 @@ class CommonOptions(TypedDict, total=False):
     evaluate_every: int
     evaluate_all_at_end: bool
     measure_aggregation: bool
+    max_total_bytes: int
     fraction_train: float
     fraction_evaluate: float
     min_train_nodes: int
@@ -136,6 +137,8 @@ class FederatedStrategy(Strategy):
         evaluate_every: rounds between federated evaluations.
         evaluate_all_at_end: the last round's evaluation is on all clients.
         measure_aggregation: note the aggregation error of every layer and round.
+        max_total_bytes: the round in which all bytes of the run, up and down, reach this number is its last one, and
+            the run's status is ``stopped``; 0: no limit.
         fraction_train: share of the connected clients that train in a round, rounded down.
         fraction_evaluate: share of them that evaluate.
         min_train_nodes: but at least so many.
@@ -180,6 +183,7 @@ class FederatedStrategy(Strategy):
         evaluate_every: int = 1,
         evaluate_all_at_end: bool = False,
         measure_aggregation: bool = True,
+        max_total_bytes: int = 0,
         fraction_train: float = 1.0,
         fraction_evaluate: float = 1.0,
         min_train_nodes: int = 2,
@@ -205,6 +209,8 @@ class FederatedStrategy(Strategy):
         for name, number in (("proximal_mu", proximal_mu), ("max_norm_ratio", max_norm_ratio)):
             if not 0.0 <= number < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {number}")
+        if max_total_bytes < 0:
+            raise ValueError(f"max_total_bytes must be at least 0 (no limit), got {max_total_bytes}")
         if num_clients is not None and num_clients < 1:
             raise ValueError(f"num_clients must be at least 1, got {num_clients}")
         if reinit not in ("reset", "keep"):
@@ -245,6 +251,7 @@ class FederatedStrategy(Strategy):
         self._evaluate_all_at_end = evaluate_all_at_end
         self._measure_aggregation = measure_aggregation
         self._train_config: dict[str, object] = {}
+        self.max_total_bytes = max_total_bytes
         self.max_failure_fraction = max_failure_fraction
         self.max_norm_ratio = max_norm_ratio
         self.fraction_train = fraction_train
@@ -435,7 +442,7 @@ class FederatedStrategy(Strategy):
                 self.books.checkpoint(self._whole, self._fingerprint())
             self._close_run("failed" if isinstance(error, Exception) else "interrupted", error)
             raise
-        self._close_run("finished")
+        self._close_run("finished" if self.state.server_round >= num_rounds else "stopped")
         return result
 
     def _rounds(
@@ -453,6 +460,9 @@ class FederatedStrategy(Strategy):
             log(WARNING, "no accumulation falls into the %d rounds of this run", num_rounds)
         if self.state.server_round == 0 and evaluate_fn is not None and self.has_global_model:
             self._record({"round": 0}, evaluate_fn, num_rounds, started)
+        if self._is_spent():
+            self._tell_spent()  # a run that is continued with the limit that has stopped it
+            return
         self._roster.wait(grid, self.num_clients, self._min_available, timeout)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
             begun = time.monotonic()
@@ -463,7 +473,7 @@ class FederatedStrategy(Strategy):
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
             result.arrays = wire.to_record(self.state.trainables)
-            last = server_round == num_rounds
+            last = server_round == num_rounds or self._is_spent()
             evaluated, clients = self._evaluate(grid, server_round, evaluate_config or ConfigRecord(), timeout, last)
             if evaluated is not None:
                 result.evaluate_metrics_clientapp[server_round] = evaluated
@@ -489,8 +499,26 @@ class FederatedStrategy(Strategy):
             self._record(row, evaluate_fn, num_rounds, started, begun)
             self._remember()
             self._stop_if_too_many_failed(server_round, exchange)
-            if server_round % self.checkpoint_every == 0 or server_round == num_rounds or self._just_accumulated:
+            ends = server_round == num_rounds or self._is_spent()
+            if server_round % self.checkpoint_every == 0 or ends or self._just_accumulated:
                 self.books.checkpoint(self._whole, self._fingerprint())
+            if ends and server_round < num_rounds:
+                self._tell_spent()
+                return
+
+    def _is_spent(self) -> bool:
+        """Whether the bill has reached its limit, with what this round has sent so far."""
+        spent = self.books.total_bytes + self._bill.total("up") + self._bill.total("down")
+        return 0 < self.max_total_bytes <= spent
+
+    def _tell_spent(self) -> None:
+        log(
+            INFO,
+            "stopped after round %d: %d bytes have been sent, max-total-bytes is %d",
+            self.state.server_round,
+            self.books.total_bytes,
+            self.max_total_bytes,
+        )
 
     # --- Flower's hooks, which only a foreign wrapper would call --------------------------------------------------
 

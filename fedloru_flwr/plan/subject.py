@@ -1,0 +1,189 @@
+"""What a plan is of: a model without its weights, a batch, and how many samples each client has."""
+
+import math
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedloru_flwr import wire
+from fedloru_flwr.config import ConfigError, RunConfig
+from fedloru_flwr.data import DataSpec, partition_indices
+from fedloru_flwr.data.loading import held_out_count
+from fedloru_flwr.models import build_seeded
+from fedloru_flwr.models.plan import has_batch_norm
+from fedloru_flwr.plan.rehearsal import Cast
+from fedloru_flwr.strategies import FederatedStrategy
+from fedloru_flwr.workload import check_init_adapter, data_config, network_factory, plain_network, server_data
+
+_BUILT_PARAMETERS = 50_000_000
+_ASSUMED_EXAMPLES = 100
+_MEASURES = ("accuracy", "loss")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A workload as a plan sees it.
+
+    Attributes:
+        name: for people.
+        model: on the meta device, or, where it is small, as a run would build it.
+        inputs: one batch, on the meta device: ``(batch, *sample shape)``, or token ids ``(batch, length)``.
+        train: how many samples each client trains on.
+        held_out: how many it evaluates on.
+        equals: parameters that stay equal however they are trained, see `equal_leaves`.
+        assumptions: what is not known and was taken for granted, for people.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: Tensor
+    train: tuple[int, ...]
+    held_out: tuple[int, ...]
+    equals: Mapping[str, str]
+    assumptions: tuple[str, ...] = ()
+
+    def cast(self, config: RunConfig, strategy: FederatedStrategy, version: str) -> Cast:
+        """Who takes part in the run of these settings."""
+        joins = has_batch_norm(self.model)
+        prefixes = ("",) * strategy.has_global_model + ("personal-",) * strategy.has_personal_model
+        received = [f"{wire.RECEIVED}{prefixes[-1]}{name}" for name in _MEASURES] if config.evaluate_in_training else []
+        return Cast(
+            clients=tuple(str(index) for index in range(config.num_clients)),
+            train=self.train,
+            held_out=self.held_out,
+            steps=tuple(config.local_epochs * _steps(count, config.batch_size, joins) for count in self.train),
+            train_metrics=("train_loss", *received),
+            evaluate_metrics=tuple(f"{prefix}{name}" for prefix in prefixes for name in _MEASURES),
+            version=version,
+        )
+
+
+def subject_of(
+    config: RunConfig, transformers: str | Path | None = None, sequence_length: int = 512, examples: int = 0
+) -> Subject:
+    """The workload that settings describe.
+
+    Args:
+        config: the settings.
+        transformers: a model of the transformers library instead of the settings' network: a ``config.json``, a
+            directory that holds one, or a name on the hub, of which the configuration alone is read.
+        sequence_length: tokens a sample, for such a model.
+        examples: samples that a client trains on, where the plan does not see the data; 0: 100.
+
+    Raises:
+        ValueError: for data, settings or a configuration that cannot be.
+    """
+    if sequence_length < 1 or examples < 0:
+        raise ConfigError(
+            f"sequence-length = {sequence_length} and examples = {examples}: expected at least 1 token and 0 examples"
+        )
+    if transformers is not None:
+        told = "the weights are taken to be all different, as pretrained ones are"
+        model = _transformers_model(str(transformers))
+        inputs = torch.empty(config.batch_size, sequence_length, dtype=torch.long, device="meta")
+        train, held_out, more = _assumed_samples(config, examples)
+        return Subject(f"{transformers}", model, inputs, train, held_out, {}, (told, more))
+    check_init_adapter(config)
+    assumptions: tuple[str, ...] = ()
+    is_unseen = config.dataset == "clients" or (
+        config.dataset.startswith("hub:") and bool(config.sample_shape and config.num_classes)
+    )
+    if is_unseen:
+        spec = DataSpec(config.sample_shape, config.num_classes)
+        train, held_out, more = _assumed_samples(config, examples)
+        assumptions = (more,)
+    else:
+        _, spec = server_data(config)
+        counts = [len(part) for part in partition_indices(data_config(config))]
+        held_out = tuple(held_out_count(count, config.held_out_fraction) for count in counts)
+        train = tuple(count - held for count, held in zip(counts, held_out, strict=True))
+    factory = network_factory(config, spec)
+    with torch.device("meta"):
+        model = plain_network(config, spec)()
+    inputs = torch.empty(config.batch_size, *spec.input_shape, device="meta")
+    equals: dict[str, str] = {}
+    if sum(parameter.numel() for parameter in model.parameters()) <= _BUILT_PARAMETERS:
+        model = build_seeded(factory, config.seed)  # equal tensors travel once
+        equals = equal_leaves(model, inputs)
+    else:
+        assumptions += ("the weights are taken to be all different; equal tensors would travel once",)
+    return Subject(f"{config.model} on {config.dataset}", model, inputs, train, held_out, equals, assumptions)
+
+
+def equal_leaves(model: nn.Module, inputs: Tensor) -> dict[str, str]:
+    """Parameters that begin equal and always have equal gradients, such as the biases of two branches that are added.
+
+    Told by one backward pass of a copy on random inputs.
+
+    Args:
+        model: with its weights.
+        inputs: of their shape; two or more samples.
+
+    Returns:
+        By parameter the name of the first that it is equal to; an empty one for a parameter without a gradient.
+    """
+    trial = deepcopy(model).train()
+    generator = torch.Generator().manual_seed(0)
+    outputs = trial(torch.randn(2, *inputs.shape[1:], generator=generator))
+    (outputs * torch.randn(outputs.shape, generator=generator)).sum().backward()
+    first: dict[tuple[bytes, bytes], str] = {}
+    found = {}
+    for name, parameter in trial.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            found[name] = ""
+            continue
+        values = tuple(part.detach().numpy().tobytes() for part in (parameter, parameter.grad))
+        key = (repr(tuple(parameter.shape)).encode() + values[0], values[1])
+        if key in first:
+            found |= {name: first[key], first[key]: first[key]}
+        first.setdefault(key, name)
+    return found
+
+
+def _assumed_samples(config: RunConfig, examples: int) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """The same number for every client, and the assumption in words."""
+    train = examples or _ASSUMED_EXAMPLES
+    held_out = held_out_count(max(2, math.ceil(train / (1 - config.held_out_fraction))), config.held_out_fraction)
+    told = (
+        f"every client is taken to train on {train} samples (examples): a reply tells their number, of 1 byte below "
+        "64, 2 below 8192, 3 below 1048576"
+    )
+    return (train,) * config.num_clients, (held_out,) * config.num_clients, told
+
+
+def _steps(count: int, batch_size: int, joins_single: bool) -> int:
+    """Optimiser steps an epoch; see `fedloru_flwr.clients.training.batches`."""
+    joined = joins_single and count > batch_size and count % batch_size == 1
+    return -(-count // batch_size) - int(joined)
+
+
+def _transformers_model(source: str) -> nn.Module:
+    """A model of the transformers library on the meta device, from its configuration alone.
+
+    Raises:
+        ConfigError: the library is not installed, or there is no such configuration.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError("transformers = ... needs the library of that name: pip install transformers") from None
+    try:
+        found = transformers.AutoConfig.from_pretrained(source, local_files_only=Path(source).exists())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"transformers = {source!r} has no configuration that can be read (expected a config.json, a directory "
+            f"with one, or a name on the hub): {str(error).strip().partition(chr(10))[0]}"
+        ) from error
+    named = (found.architectures or ["AutoModelForCausalLM"])[0]
+    architecture = getattr(transformers, named, None)
+    make: Callable[..., Any] = getattr(architecture, "_from_config", transformers.AutoModelForCausalLM.from_config)
+    dtype = getattr(found, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        return cast("nn.Module", make(found, dtype=dtype))

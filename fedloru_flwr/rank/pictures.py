@@ -1,0 +1,83 @@
+"""An analysis in pictures: SVG files that stand alone, the same bytes for the same numbers."""
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedloru_flwr.compare.drawing import as_svg, explain, figure_of, looks
+
+Row = Mapping[str, Any]
+Lines = Mapping[str, Mapping[int, list[float]]]  # label, round, one value a seed
+_SPACE_NAMES = {"full": "all parameters", "adapter": "factors"}
+
+
+def files(rows: Sequence[Row]) -> dict[str, bytes]:
+    """The pictures by file name: stable rank against rounds, and similarity of clients against rounds."""
+    found: dict[str, bytes] = {}
+    for training in dict.fromkeys(row["label"] for row in rows):
+        own = [row for row in rows if row["label"] == training]
+        for space, told in _SPACE_NAMES.items():
+            lines = _stable_ranks([row for row in own if row.get("space") == space])
+            if lines:
+                title = f"Stable rank of the Hessian, {told}: {training}"
+                found[_name("stable-rank", training, space)] = _drawn(lines, title, "stable rank", log=True)
+        for of in ("gradients", "updates"):
+            lines = _similarities([row for row in own if row["kind"] == "similarity" and row["of"] == of])
+            if lines:
+                title = f"Similarity of clients' {of}: {training}"
+                found[_name("similarity", training, of)] = _drawn(lines, title, "cosine between clients", log=False)
+    return found
+
+
+def _stable_ranks(rows: Sequence[Row]) -> Lines:
+    """Means over draws and clients, by sample size."""
+    values: dict[str, dict[int, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    sizes = sorted({row["points"] for row in rows if row["kind"] == "hessian" and row["of"] == "sample"})
+    labels = [f"n = {size}" for size in sizes]
+    for row in rows:
+        if row["kind"] == "hessian" and not row["layer"]:
+            label = f"n = {row['points']}" if row["of"] == "sample" else "clients' own samples"
+            values[label][row["round"]][row["seed"]].append(row["stable_rank"])
+    order = [label for label in (*labels, "clients' own samples") if label in values]
+    return {label: _by_seed(values[label]) for label in order}
+
+
+def _similarities(rows: Sequence[Row]) -> Lines:
+    values: dict[str, dict[int, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in rows:
+        if not row["layer"]:
+            label = f"cut to rank {row['rank']}" if row["rank"] else "full"
+            values[label][row["round"]][row["seed"]].append(row["mean"])
+    return {label: _by_seed(own) for label, own in values.items()}
+
+
+def _by_seed(values: Mapping[int, Mapping[int, list[float]]]) -> dict[int, list[float]]:
+    return {at: [statistics.fmean(own) for own in values[at].values()] for at in sorted(values)}
+
+
+def _drawn(lines: Lines, title: str, ylabel: str, *, log: bool) -> bytes:
+    figure, axes = figure_of("round", ylabel)
+    style = looks(list(lines))
+    for label, by_round in lines.items():
+        look, rounds = style[label], list(by_round)
+        means = [statistics.fmean(by_round[at]) for at in rounds]
+        stds = [statistics.stdev(by_round[at]) if len(by_round[at]) > 1 else 0.0 for at in rounds]
+        if any(stds):
+            # On a logarithmic axis a band that reaches 0 would fill the picture.
+            low = [max(mean - std, 0.1 * mean) if log else mean - std for mean, std in zip(means, stds, strict=True)]
+            high = [mean + std for mean, std in zip(means, stds, strict=True)]
+            axes.fill_between(rounds, low, high, color=look.colour, alpha=0.13, linewidth=0)
+        axes.plot(
+            rounds, means, color=look.colour, linestyle=look.style, linewidth=1.7, marker=look.marker, markersize=4
+        )
+    if log and all(value > 0 for by_round in lines.values() for values in by_round.values() for value in values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    explain(figure, title, style)
+    return as_svg(figure)
+
+
+def _name(*parts: str) -> str:
+    return f"{re.sub(r'[^a-z0-9.]+', '-', ' '.join(parts).lower()).strip('-')}.svg"

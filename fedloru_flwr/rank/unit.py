@@ -1,0 +1,487 @@
+"""One training of an analysis: run it, keep the server's state at chosen rounds, and measure the states kept.
+
+::
+
+    <directory>/
+      run/  snapshots/round-000010.safetensors  measures.jsonl
+
+Whatever is there is kept, so that an interrupted unit goes on where it was.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor, nn
+
+from fedloru_flwr import atomic
+from fedloru_flwr.clients.cohort import obstacle, train_cohort
+from fedloru_flwr.clients.task import LocalTask, Phase
+from fedloru_flwr.clients.training import choose_device
+from fedloru_flwr.config import ConfigError, RunConfig
+from fedloru_flwr.data import ClientData, Samples, load_client
+from fedloru_flwr.engines.in_process import run_in_process
+from fedloru_flwr.job import Job, build_strategy
+from fedloru_flwr.lowrank import Ledger, as_pair, choose, derive_seed
+from fedloru_flwr.lowrank.factors import has_product
+from fedloru_flwr.models import AdapterPlan, plan_adapter
+from fedloru_flwr.models.functional import FunctionalModel
+from fedloru_flwr.rank.advice import Evidence, evidence_of
+from fedloru_flwr.rank.operators import LossHessian, adapter_hessian, module_hessian
+from fedloru_flwr.rank.products import ledger_ranks, matrix_rank
+from fedloru_flwr.rank.similarity import Similarity, pair_similarities, similarities
+from fedloru_flwr.rank.spec import Measure
+from fedloru_flwr.rank.spectra import stable_ranks
+from fedloru_flwr.runs import RunDirectory
+from fedloru_flwr.strategies import FederatedStrategy
+from fedloru_flwr.strategies.state import ServerState, merged_state_dict, state_from_checkpoint
+from fedloru_flwr.workload import data_config, local_optimisation, network_factory, server_data
+
+Row = dict[str, Any]
+LEDGER = "ledger"  # the part of a unit's measures that is of the whole run
+_ROUNDS_COMPARED = 4  # of a pilot
+_KINDS = (nn.Linear, nn.Conv2d)  # whose weights the package's networks have
+_TELLING = "plain"  # the clients' method whose training can be carried out apart from a run
+
+
+class UnitFiles:
+    """The files of one unit.
+
+    Args:
+        directory: made when first written to.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.run = directory / "run"
+
+    def snapshot(self, server_round: int) -> Path:
+        """The server's state after a round."""
+        return self.directory / "snapshots" / f"round-{server_round:06d}.safetensors"
+
+    def measures(self) -> dict[str, list[Row]]:
+        """What has been measured, by part: a round's number, or `LEDGER`."""
+        return {line["part"]: line["rows"] for line in atomic.read_lines(self.directory / "measures.jsonl")}
+
+    def add(self, part: str, rows: Sequence[Row]) -> None:
+        """Write down what has been measured of a part."""
+        atomic.append_line(self.directory / "measures.jsonl", {"part": part, "rows": rows})
+
+    def progress(self) -> int:
+        """Rounds trained and parts measured so far."""
+        total = 0
+        for path in (self.run / "metrics.jsonl", self.directory / "measures.jsonl"):
+            if path.exists():
+                total += path.read_bytes().count(b"\n")
+        return max(total - 1, 0)
+
+
+def carry_out(
+    settings: Mapping[str, Any], clients: Mapping[str, Any], measure: Measure, directory: Path
+) -> dict[str, list[Row]]:
+    """Train and measure, or go on with that.
+
+    Args:
+        settings: of the training.
+        clients: settings that say who the clients are.
+        measure: what is measured; without sizes of samples, models are kept and nothing is measured.
+        directory: the unit's.
+
+    Returns:
+        See `UnitFiles.measures`.
+
+    Raises:
+        ConfigError: there are fewer samples than are asked for.
+    """
+    files = UnitFiles(directory)
+    parts = [*(str(server_round) for server_round in measure.rounds), LEDGER]
+    if measure.points and all(part in files.measures() for part in parts):
+        return files.measures()
+    config = RunConfig.from_mapping(settings)
+    people = _people(RunConfig.from_mapping(clients), measure) if measure.points else None
+    train(config, files, measure.rounds)
+    if people is None:
+        return {}
+    torch.set_num_threads(measure.threads)
+    subject = Subject.of(config)
+    for part in parts:
+        if part not in files.measures():
+            rows = (
+                ledger_rows(subject, files.run)
+                if part == LEDGER
+                else list(_measured(subject, read_snapshot(files.snapshot(int(part))), people, measure))
+            )
+            files.add(part, rows)
+    return files.measures()
+
+
+def train(config: RunConfig, files: UnitFiles, rounds: Sequence[int]) -> None:
+    """Run the training up to its end, and keep the server's state after these rounds."""
+    from fedloru_flwr.client_app import app as client_app
+    from fedloru_flwr.client_app import train_or_evaluate_together
+
+    summary = RunDirectory.open(files.run).read_summary() if (files.run / "manifest.json").is_file() else None
+    there = all(files.snapshot(server_round).exists() for server_round in rounds)
+    if there and summary is not None and summary["status"] == "finished":
+        return
+    if not (files.run / "manifest.json").is_file():
+        shutil.rmtree(files.run, ignore_errors=True)  # killed before it became a run
+    settings = {
+        **config.as_mapping(),
+        "output-dir": str(files.directory),
+        "run-name": files.run.name,
+        "resume": "auto",
+    }
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        torch.set_num_threads(config.threads)
+        job = Job.prepare(RunConfig.from_mapping(context.run_config))
+        job.run(grid, after_round=lambda strategy: _keep(strategy, files, rounds))
+
+    store = files.run / "store"
+    run_in_process(
+        server_app,
+        client_app,
+        num_supernodes=config.num_clients,
+        run_config=settings,
+        store_dir=store,
+        together=train_or_evaluate_together,
+        at_once=config.clients_per_batch,
+    )
+    shutil.rmtree(store, ignore_errors=True)
+
+
+def _keep(strategy: FederatedStrategy, files: UnitFiles, rounds: Sequence[int]) -> None:
+    state = strategy.state
+    if state.server_round not in rounds:
+        return
+    tensors = {f"trainables/{name}": tensor for name, tensor in state.trainables.items()}
+    tensors |= {f"statistics/{name}": tensor for name, tensor in state.statistics.items()}
+    tensors |= {f"base/{name}": tensor for name, tensor in state.base.items()}
+    path = files.snapshot(state.server_round)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_tensors(path, tensors, {"round": str(state.server_round), "draw": str(state.draw)})
+
+
+def read_snapshot(path: Path) -> ServerState:
+    """A state that `train` kept, without its ledger."""
+    tensors, metadata = atomic.read_tensors(path)
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    return ServerState(
+        int(metadata["round"]),
+        part("trainables/"),
+        part("statistics/"),
+        part("base/"),
+        Ledger(""),
+        int(metadata["draw"]),
+    )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the models of a run are.
+
+    Attributes:
+        config: the run's settings.
+        factory: builds the plain network.
+        strategy: the run's, in its first state.
+    """
+
+    config: RunConfig
+    factory: Callable[[], nn.Module]
+    strategy: FederatedStrategy
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Subject":
+        """Of a run with these settings."""
+        _, spec = server_data(config)
+        factory = network_factory(config, spec)
+        return cls(config, factory, build_strategy(config, factory))
+
+    @property
+    def plan(self) -> AdapterPlan:
+        """The run's."""
+        return self.strategy.plan
+
+    def model(self, state: ServerState) -> nn.Module:
+        """The merged model."""
+        model = self.factory()
+        model.load_state_dict(merged_state_dict(state, model, self.plan, self.config.seed))
+        return model
+
+    def values(self, state: ServerState) -> dict[str, Tensor] | None:
+        """What a client's model holds beside its base, as it begins to train; None where that is not factors alone."""
+        values = self.plan.whole(state.trainables, self.config.seed, state.draw)
+        function = self._function()
+        return values if {*function.keys} <= {*values} else None
+
+    def base(self, state: ServerState) -> dict[str, Tensor]:
+        """Everything else."""
+        return {**state.base, **state.statistics}
+
+    def _function(self) -> FunctionalModel:
+        return FunctionalModel(self.factory(), self.plan.adapted, self.plan.layout(), self.plan.dense_leaves)
+
+    def locally_trained(self, state: ServerState, people: Mapping[str, Samples]) -> dict[str, dict[str, Tensor]] | None:
+        """What clients make of this state in the next round, by client; None where a method's clients do more.
+
+        Those with state of their own, control variates, ranks that differ, or layers that cannot be trained as one
+        batch are such methods and models.
+        """
+        config, strategy = self.config, self.strategy
+        plain = strategy.settings.method == _TELLING and strategy.ranks.uniform and not config.scaffold
+        values = self.values(state)
+        module = self.factory()
+        if not plain or values is None or obstacle(module, next(iter(people.values())).inputs[:2]) is not None:
+            return None
+        how = local_optimisation(config, min(state.server_round + 1, config.num_server_rounds))
+        function = self._function()
+        phases = (Phase(self.plan.trainable_keys, how.epochs),)
+        tasks = [
+            LocalTask(
+                values={key: values[key] for key in function.keys},
+                phases=phases,
+                samples=samples,
+                seed=derive_seed(config.seed, "rank updates", state.server_round, client),
+                proximal_mu=config.proximal_mu,
+            )
+            for client, samples in people.items()
+        ]
+        results = train_cohort(function, self.base(state), tasks, how, choose_device(config.device))
+        return {client: result.values for client, result in zip(people, results, strict=True)}
+
+    def changes(self, state: ServerState, trained: Mapping[str, Mapping[str, Tensor]]) -> "Changes":
+        """What clients changed of the weights' matrices."""
+        start = self.values(state)
+        assert start is not None
+        if not self.plan.adapted:
+            names = [name for name, value in start.items() if value.dim() >= 2]
+            return Changes(
+                [{name: values[name].double() - start[name].double() for name in names} for values in trained.values()]
+            )
+        clients = []
+        for values in trained.values():
+            pairs = {}
+            for layer in self.plan.adapted:
+                (before_a, before_b), (a, b) = (as_pair(layer, one) for one in (start, values))
+                pairs[layer.weight_key] = torch.cat([b, -before_b], dim=1), torch.cat([a, before_a])
+            clients.append(pairs)
+        return Changes(pairs=clients)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Clients' updates, as matrices or as pairs ``B``, ``A``."""
+
+    matrices: Sequence[Mapping[str, Tensor]] = ()
+    pairs: Sequence[Mapping[str, tuple[Tensor, Tensor]]] = ()
+
+    def compared(self, ranks: Sequence[int]) -> dict[tuple[str, int], Similarity]:
+        """How alike they are; see `similarities` and `pair_similarities`."""
+        return pair_similarities(self.pairs) if self.pairs else similarities(self.matrices, ranks)
+
+
+@dataclass(frozen=True)
+class _People:
+    """Whom and what is measured on: samples by size and number, and clients by name."""
+
+    samples: Mapping[tuple[int, int], Samples]
+    clients: Mapping[str, Samples]
+
+
+def _people(config: RunConfig, measure: Measure) -> _People:
+    """Draw the samples and the clients, the same at every round."""
+    data = data_config(config)
+    everyone = [load_client(data, number)[0] for number in range(config.num_clients)]
+    pool = _joined(everyone)
+    most = measure.points[-1]
+    if most > len(pool):
+        raise ConfigError(
+            f"points = {list(measure.points)}: the clients have {len(pool)} training samples in all; ask for fewer"
+        )
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(derive_seed(config.seed, "rank samples")))
+    found = {
+        (points, draw): pool.subset(order[draw * points : (draw + 1) * points])
+        for points in measure.points[:-1]
+        for draw in range(measure.draws)
+    }
+    found[most, 0] = pool.subset(order[:most])
+    chosen = choose(
+        config.seed, "rank clients", items=[str(number) for number in range(config.num_clients)], count=measure.clients
+    )
+    clients = {client: everyone[int(client)].train for client in sorted(chosen, key=int)}
+    return _People(found, clients)
+
+
+def _joined(everyone: Sequence[ClientData]) -> Samples:
+    return Samples(torch.cat([one.train.inputs for one in everyone]), torch.cat([one.train.labels for one in everyone]))
+
+
+def _measured(subject: Subject, state: ServerState, people: _People, measure: Measure) -> Iterator[Row]:
+    """All rows of one round."""
+    device = choose_device(subject.config.device)
+    model = subject.model(state)
+    for (points, number), samples in people.samples.items():
+        what = {"of": "sample", "points": points, "number": number}
+        yield from _hessian_rows(subject, state, model, samples, measure, what, device)
+    for client, samples in people.clients.items():
+        what = {"of": "client", "points": len(samples), "number": int(client)}
+        yield from _hessian_rows(subject, state, model, samples, measure, what, device)
+    if len(people.clients) > 1:
+        gradients = [
+            {key: value.cpu() for key, value in _of_module(model, samples, device).gradient().items()}
+            for samples in people.clients.values()
+        ]
+        yield from _similarity_rows("gradients", similarities(gradients, measure.ranks))
+        trained = subject.locally_trained(state, people.clients)
+        if trained is not None:
+            yield from _similarity_rows("updates", subject.changes(state, trained).compared(measure.ranks))
+    start = subject.factory().state_dict()
+    for name, value in model.named_parameters():
+        if value.dim() >= 2:
+            found = matrix_rank(value.detach().double() - start[name].double())
+            yield {"kind": "weights", "layer": name, **_without_values(asdict(found))}
+
+
+def _hessian_rows(
+    subject: Subject,
+    state: ServerState,
+    model: nn.Module,
+    samples: Samples,
+    measure: Measure,
+    what: Mapping[str, Any],
+    device: torch.device,
+) -> Iterator[Row]:
+    seed = derive_seed(subject.config.seed, "rank", state.server_round, *what.values())
+    for space in measure.spaces:
+        hessian = (
+            _of_module(model, samples, device) if space == "full" else _of_adapter(subject, state, samples, device)
+        )
+        if hessian is None:
+            continue
+        layers = measure.layers and what["of"] == "sample"
+        found = stable_ranks(hessian, layers=layers, tolerance=measure.tolerance, seed=seed)
+        for layer, spectrum in found.items():
+            yield {"kind": "hessian", **what, "space": space, "layer": layer, **asdict(spectrum)}
+
+
+def _of_module(model: nn.Module, samples: Samples, device: torch.device) -> LossHessian:
+    return module_hessian(model, samples.inputs, samples.labels, device=device)
+
+
+def _of_adapter(subject: Subject, state: ServerState, samples: Samples, device: torch.device) -> LossHessian | None:
+    values = subject.values(state)
+    if not subject.plan.adapted or values is None:
+        return None
+    return adapter_hessian(
+        subject.factory(), subject.plan, values, subject.base(state), samples.inputs, samples.labels, device=device
+    )
+
+
+def _similarity_rows(what: str, found: Mapping[tuple[str, int], Similarity]) -> Iterator[Row]:
+    for (layer, rank), one in found.items():
+        yield {"kind": "similarity", "of": what, "layer": layer, "rank": rank, **asdict(one)}
+
+
+def ledger_rows(subject: Subject, run: str | os.PathLike[str]) -> list[Row]:
+    """What each accumulation of a run added in each layer, with the rounds' aggregation error beside it.
+
+    The factors that have not been accumulated yet are the last entry, of the run's last round. A run without a ledger
+    has no rows.
+
+    Args:
+        subject: of the run's settings.
+        run: its directory.
+    """
+    directory = RunDirectory.open(run)
+    checkpoint = directory.latest_checkpoint()
+    if checkpoint is None or not subject.plan.adapted:
+        return []
+    strategy, seed = subject.strategy, subject.config.seed
+    state = state_from_checkpoint(checkpoint, strategy.state.base, subject.plan, seed)
+    entries = [(subject.plan.whole(one.adapter, seed, one.draw), one.scale) for one in state.ledger.entries]
+    rows = directory.read_rounds()
+    ends = _rounds_of_entries(rows, len(entries))
+    pending = subject.plan.whole(state.trainables, seed, state.draw)
+    if not entries or ends[-1] < state.server_round:
+        entries.append((pending, subject.plan.scale))
+        ends.append(state.server_round)
+    found = []
+    for layer in subject.plan.adapted:
+        at = [end for (adapter, _), end in zip(entries, ends, strict=True) if has_product(layer, adapter)]
+        for index, share in enumerate(ledger_ranks(layer, entries)):
+            since = at[index - 1] if index else 0
+            row = {"kind": LEDGER, "layer": layer.weight_key, "entry": index + 1, "round": at[index]}
+            row |= {key: value for key, value in asdict(share).items() if key != "total"}
+            row |= {f"total_{key}": value for key, value in _without_values(asdict(share.total)).items()}
+            found.append({**row, "aggregation_error": _mean_error(rows, layer.name, since, at[index])})
+    return found
+
+
+def _rounds_of_entries(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
+    """The round of each entry: that in which the ledger's version reached it."""
+    ends: list[int] = []
+    for row in rows:
+        ends += [row["round"]] * (row["ledger_version"] - len(ends))
+    return (ends + [ends[-1] if ends else 0] * count)[:count]
+
+
+def _mean_error(rows: Sequence[Mapping[str, Any]], layer: str, since: int, until: int) -> float | None:
+    errors = [
+        row["aggregation_error"][layer]
+        for row in rows
+        if since < row["round"] <= until and layer in (row.get("aggregation_error") or {})
+    ]
+    return sum(errors) / len(errors) if errors else None
+
+
+def _without_values(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key != "singular_values"}
+
+
+def pilot_evidence(config: RunConfig, files: UnitFiles, rounds: Sequence[int], most_clients: int) -> list[Evidence]:
+    """What a full-rank training whose every round was kept says of each layer that could be factorised.
+
+    Args:
+        config: of the training.
+        files: the unit's.
+        rounds: from 0 on, without a gap.
+        most_clients: whose updates to compare, at four rounds.
+    """
+    subject = Subject.of(config)
+    states = [read_snapshot(files.snapshot(server_round)) for server_round in rounds]
+    names = [str(number) for number in range(config.num_clients)]
+    chosen = choose(config.seed, "rank clients", items=names, count=min(most_clients, len(names)))
+    data = data_config(config)
+    people = {client: load_client(data, int(client))[0].train for client in sorted(chosen, key=int)}
+    halves: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for state in states[:-1][:: max(1, (len(states) - 1) // _ROUNDS_COMPARED)] if len(people) > 1 else []:
+        trained = subject.locally_trained(state, people)
+        if trained is None:
+            break
+        changes = subject.changes(state, trained).matrices
+        for name in changes[0]:
+            updates = torch.stack([change[name] for change in changes])
+            halves.setdefault(name, []).append((updates[::2].mean(dim=0), updates[1::2].mean(dim=0)))
+    module = subject.factory()
+    kinds = [kind.__name__ for kind in _KINDS if any(isinstance(part, kind) for part in module.modules())]
+    layers = plan_adapter(module, 1, 1.0, kinds).layers
+    return [
+        evidence_of(
+            layer.name,
+            [layer.as_matrix(state.trainables[layer.weight_key]) for state in states],
+            [(layer.as_matrix(one), layer.as_matrix(other)) for one, other in halves.get(layer.weight_key, [])],
+        )
+        for layer in layers
+    ]

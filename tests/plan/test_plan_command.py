@@ -1,0 +1,225 @@
+"""The planner as people use it: tables, JSON, pictures, refusals; memory; large models."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from fedloru_flwr.cli import app
+from fedloru_flwr.config import ConfigError
+from fedloru_flwr.plan import Bandwidth, plan
+from fedloru_flwr.plan.command import show_plan
+from fedloru_flwr.plan.planning import grouped
+from fedloru_flwr.registry import ALGORITHMS
+
+SMALL = {
+    "num-clients": 6,
+    "num-server-rounds": 3,
+    "local-epochs": 1,
+    "batch-size": 16,
+    "model": "mlp",
+    "hidden": "32",
+    "accumulate-every": 1,
+}
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def shown(output="table", picture=None, **more):
+    console = Console(file=io.StringIO(), width=140)
+    found = show_plan(None, SMALL, output=output, picture=picture, bandwidths=["100/20"], console=console, **more)
+    return found, console.file.getvalue()
+
+
+def test_the_tables_tell_bytes_layers_memory_and_times():
+    found, text = shown()
+    for part in ("mlp on digits", "layers.0", "catching up", "activations (estimate)", "Transfer times", "100/20"):
+        assert part in text, text
+    assert f"{found.methods[0].trainable_parameters:,}" in text
+
+
+def test_json_holds_every_figure():
+    found, text = shown("json", all_methods=True)
+    content = json.loads(text)
+    assert content == json.loads(json.dumps(found.as_json()))
+    by_name = {method["algorithm"]: method for method in content["methods"]}
+    assert set(by_name) | set(content["refused"]) == set(ALGORITHMS)
+    assert next(iter(by_name)) == "fedloru"
+    rounds = by_name["fedavg"]["rounds"]
+    assert sum(row["bytes_up"] for row in rounds) == by_name["fedavg"]["total_bytes_up"]
+    assert by_name["fedlora"]["left_out"] == ["accumulate-every"]
+    assert by_name["fedavg"]["total_bytes_up"] > by_name["fedlora"]["total_bytes_up"] > 0
+    assert "takes two" in content["refused"]["rolora"]
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_the_picture_is_the_same_for_the_same_plan(tmp_path, suffix):
+    files = [tmp_path / f"{name}.{suffix}" for name in ("one", "two")]
+    for file in files:
+        shown(picture=file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].read_bytes().startswith(b"<?xml" if suffix == "svg" else b"\x89PNG")
+
+
+def test_the_command_prints_json_and_refuses_with_status_two(tmp_path):
+    conf = tmp_path / "conf.toml"
+    conf.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in SMALL.items()))
+    done = CliRunner().invoke(app, ["plan", str(conf), "--format", "json", "-c", "algorithm=fedloru-seeded"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["methods"][0]["algorithm"] == "fedloru-seeded"
+    for arguments, told in (
+        (["--format", "jsn"], "did you mean 'json'"),
+        (["--bandwidth", "fast"], "DOWN/UP"),
+        (["--picture", "plan.pdf"], ".svg or .png"),
+        (["--picture", str(tmp_path / "none" / "plan.svg")], "there is no directory"),
+        (["-c", "rnak=3"], "did you mean 'rank'"),
+        (["--transformers", str(tmp_path)], "no configuration that can be read"),
+    ):
+        refused = CliRunner().invoke(app, ["plan", str(conf), *arguments])
+        assert refused.exit_code == 2, arguments
+        assert told in refused.stderr, refused.stderr
+
+
+def test_a_method_that_cannot_do_what_is_asked_is_refused():
+    with pytest.raises(ValueError, match="cannot be combined with clients of different ranks"):
+        plan(None, {**SMALL, "ranks": "2:0.5,4:0.5"})
+
+
+@pytest.mark.parametrize("text", ["", "10", "0/5", "1/2/3/4", "nan/1", "inf/1"])
+def test_a_bandwidth_is_two_or_three_positive_numbers(text):
+    with pytest.raises(ConfigError, match="DOWN/UP"):
+        Bandwidth.parse(text)
+
+
+def test_a_round_takes_as_long_as_its_slowest_client_or_the_server():
+    found = plan(None, SMALL, bandwidths=[Bandwidth(100, 20), Bandwidth(100, 20, 0.001)])
+    method = found.methods[0]
+    slowest = [max(8e-6 * (down / 100 + up / 20) for down, up in one.of_clients) for one in method.rounds]
+    assert method.transfers[0].run == pytest.approx(sum(slowest))
+    assert method.transfers[0].longest_round == pytest.approx(max(slowest))
+    assert method.transfers[1].run == pytest.approx(8e-6 * (method.bytes_up + method.bytes_down) / 0.001)
+
+
+def test_what_a_client_sends_and_receives_adds_up_to_the_round():
+    for one in plan(None, {**SMALL, "fraction-evaluate": 0.5}).methods[0].rounds:
+        assert sum(down for down, _ in one.of_clients) == one.bytes_down
+        assert sum(up for _, up in one.of_clients) == one.bytes_up
+
+
+def test_the_memory_of_a_multilayer_perceptron_is_as_counted_by_hand():
+    settings = {**SMALL, "hidden": "32,32", "algorithm": "fedlora", "accumulate-every": 0, "optimizer": "adamw"}
+    method = plan(None, settings).methods[0]
+    plain = 64 * 32 + 32 + 32 * 32 + 32 + 32 * 10 + 10
+    factors = 4 * (64 + 32) + 4 * (32 + 32)
+    trained = factors + 32 + 32 + 320 + 10
+    assert method.trainable_parameters == trained
+    assert method.client.weights == 4 * (plain + factors)
+    assert method.client.gradients == 4 * trained
+    assert method.client.optimizer == 8 * trained
+    assert method.client.received == 4 * trained
+    assert sum(layer.trainable for layer in method.layers) == trained
+    batch = 16
+    # Saved at least: the inputs, and the outputs of both ReLUs.
+    assert method.client.activations >= 4 * batch * (64 + 32 + 32)
+    assert method.client.total == sum(vars(method.client).values())
+
+
+def test_estimated_activations_are_those_that_autograd_saves():
+    from fedloru_flwr.config import RunConfig
+    from fedloru_flwr.job import build_strategy, run_options
+    from fedloru_flwr.models.functional import FunctionalModel
+    from fedloru_flwr.plan.subject import subject_of
+
+    config = RunConfig.from_mapping({**SMALL, "model": "cnn"})
+    subject = subject_of(config)
+    strategy = build_strategy(config, subject.model, **run_options(config))
+    told = plan(None, {**SMALL, "model": "cnn"}).methods[0].client.activations
+    layers = strategy.plan
+    model = FunctionalModel(subject.model, layers.layers, layers.layout(), layers.dense_leaves)
+    values = {key: tensor.clone().requires_grad_() for key, tensor in strategy.state.trainables.items()}
+    base = {**model.buffers, **strategy.state.base}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*values.values(), *base.values())}
+    saved = {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = model.forward(values, base, torch.randn(16, 1, 8, 8))
+        torch.nn.functional.cross_entropy(outputs, torch.zeros(16, dtype=torch.long))
+    real = sum(storage.nbytes() for place, storage in saved.items() if place not in weights)
+    assert real == pytest.approx(told, rel=0.15)
+
+
+def test_data_that_is_not_at_hand_is_taken_for_granted():
+    unseen = {**SMALL, "dataset": "clients", "input-shape": "1,8,8", "num-classes": 10}
+    found = plan(None, unseen, examples=30)
+    assert any("30 samples" in told for told in found.assumptions)
+
+
+def test_layers_that_differ_by_a_number_are_shown_as_one(tmp_path):
+    small = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 100, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_3_8B, **small}))
+    settings = {**SMALL, "target-modules": "q_proj,v_proj", "dense-leaves": "none"}
+    method = plan(None, settings, transformers=tmp_path).methods[0]
+    assert [(name, count) for name, count, _ in grouped(method.layers)] == [
+        ("model.layers.*.self_attn.q_proj", 3),
+        ("model.layers.*.self_attn.v_proj", 3),
+    ]
+
+
+PLAN_LLAMA = """
+import resource, socket, sys, time
+from fedloru_flwr.plan import plan
+
+def refuse(*_, **__):
+    raise OSError("no network here")
+
+socket.socket.connect = refuse
+started = time.process_time()
+settings = {"num-clients": 20, "fraction-train": 0.2, "num-server-rounds": 200, "rank": 16, "batch-size": 2,
+            "target-modules": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "dense-leaves": "none"}
+found = plan(None, settings, transformers=sys.argv[1])
+method = found.methods[0]
+print(found.model_parameters, method.trainable_parameters, method.client.weights, method.client.activations > 0)
+print(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_llama_of_eight_billion_is_planned_from_its_configuration_alone(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_3_8B))
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", PLAN_LLAMA, str(path)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    figures, cost = done.stdout.splitlines()[-2:]
+    assert figures.split() == ["8030261248", "41943040", str(_weights()), "True"]
+    seconds, kilobytes = map(float, cost.split())
+    assert kilobytes < 2 * 1024**2
+    assert seconds < 10 or time.monotonic() - began < 10
+
+
+def _weights():
+    """The model in bfloat16, its table of rotary frequencies (64 float32, kept twice), and factors in float32."""
+    factors = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    return 2 * 8_030_261_248 + 2 * 4 * 64 + 4 * factors

@@ -1,0 +1,104 @@
+"""The command from a CONF to tables, continued, on a federation that takes seconds."""
+
+import io
+import tomllib
+
+import pytest
+from rich.console import Console
+
+from fedloru_flwr.config import ConfigError
+from fedloru_flwr.rank.command import rank
+from fedloru_flwr.rank.spec import parse_rank_spec
+from fedloru_flwr.rank.unit import carry_out
+
+SETTINGS = """
+num-clients = 6
+num-server-rounds = 2
+local-epochs = 1
+model = "mlp"
+hidden = "12"
+rank = 2
+"""
+ANALYSIS = f"""
+title = "Tiny"
+[measure]
+rounds = [0, 2]
+points = [10, 40]
+clients = 3
+ranks = [1, 2]
+tolerance = 0.2
+[settings]
+{SETTINGS}
+[trainings.central]
+algorithm = "fedavg"
+num-clients = 1
+[trainings.fedloru]
+label = "FedLoRU"
+accumulate-every = 1
+"""
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.mark.slow
+def test_an_analysis_measures_everything_and_goes_on_where_it_was(tmp_path):
+    conf = tmp_path / "tiny.toml"
+    conf.write_text(ANALYSIS)
+    found = rank(conf, tmp_path / "out", jobs=1, console=quiet())
+    assert found.failures == ()
+    kinds = {(row["label"], row["kind"], row.get("of"), row.get("space")) for row in found.rows}
+    for label in ("central", "FedLoRU"):
+        assert {
+            (label, "hessian", "sample", "full"),
+            (label, "hessian", "client", "full"),
+            (label, "similarity", "gradients", None),
+            (label, "similarity", "updates", None),
+            (label, "weights", None, None),
+        } <= kinds
+    assert ("FedLoRU", "hessian", "sample", "adapter") in kinds
+    entries = [row for row in found.rows if row["kind"] == "ledger"]
+    assert {(row["label"], row["entry"], row["round"]) for row in entries} == {("FedLoRU", 1, 1), ("FedLoRU", 2, 2)}
+    assert all(row["aggregation_error"] > 0 for row in entries)
+    assert all(row["stable_rank"] >= 1 - 1e-6 for row in found.rows if row.get("space") == "full")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "charts" / "stable-rank-fedloru-adapter.svg").exists()
+
+    # What is lost is measured anew from what was kept, without training; the rest is taken as it is.
+    (unit,) = (tmp_path / "out" / "units").glob("fedloru-*")
+    (unit / "measures.jsonl").unlink()
+    before = (unit / "run" / "summary.json").stat().st_mtime_ns
+    again = rank(conf, tmp_path / "out", jobs=1, console=quiet())
+    assert (unit / "run" / "summary.json").stat().st_mtime_ns == before
+    assert again.rows == found.rows
+    assert (tmp_path / "out" / "table.md").read_text() == table
+
+    # A run by itself: its ledger.
+    alone = rank(unit / "run", tmp_path / "alone", console=quiet())
+    assert [row["new"] for row in alone.rows] == [row["new"] for row in entries]
+
+
+def test_advice_comes_from_a_pilot(tmp_path):
+    conf = tmp_path / "flat.toml"
+    conf.write_text(SETTINGS.replace("12", "32,32"))
+    found = rank(conf, tmp_path / "out", advise=True, jobs=1, console=quiet())
+    assert found.advice is not None
+    text = (tmp_path / "out" / "advice.md").read_text()
+    assert f"rank = {found.advice.rank}" in text
+    assert "pilot of 2 rounds" in text
+
+
+def test_what_cannot_be_done_is_told_before_anything_runs(tmp_path):
+    conf = tmp_path / "tiny.toml"
+    conf.write_text(ANALYSIS)
+    with pytest.raises(ConfigError, match="jobs must be at least 1"):
+        rank(conf, tmp_path / "out", jobs=0)
+    with pytest.raises(ConfigError, match="there is no configuration file"):
+        rank(tmp_path / "nowhere.toml")
+    with pytest.raises(ConfigError, match="advice needs a CONF"):
+        rank(tmp_path, advise=True)
+    spec = parse_rank_spec(tomllib.loads(ANALYSIS.replace("40]", "4000]")), "tiny", "tiny.toml")
+    with pytest.raises(ConfigError, match=r"the clients have \d+ training samples in all; ask for fewer"):
+        carry_out(spec.resolved(spec.trainings[0], 0), spec.clients(0), spec.measure, tmp_path / "unit")
+    assert not (tmp_path / "unit").exists()

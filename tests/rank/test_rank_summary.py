@@ -1,0 +1,75 @@
+"""Tables, intervals and pictures of measurements written by hand."""
+
+import csv
+import io
+import math
+
+import pytest
+
+from fedloru_flwr.rank.pictures import files
+from fedloru_flwr.rank.summary import ALL_ROUNDS, Interval, as_csv, claims, markdown, verdict
+
+
+def hessian(seed, server_round, points, value, **more):
+    common = {"training": "one", "label": "One", "seed": seed, "round": server_round, "kind": "hessian"}
+    what = {"of": "sample", "points": points, "number": 0, "space": "full", "layer": "", "converged": True}
+    return {**common, **what, "stable_rank": value, **more}
+
+
+ROWS = [
+    hessian(seed, server_round, points, value)
+    for seed in (0, 1, 2)
+    for server_round in (0, 5)
+    for points, value in ((10, 4.0 + seed), (40, 2.0))
+]
+
+
+def test_an_interval_is_students():
+    found = Interval.of([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.high == pytest.approx(2 + 4.303 / math.sqrt(3), abs=1e-3)
+    assert Interval.of([1.0]).low is None
+    assert Interval.of([]) is None
+    assert found.mapped(math.exp).low == pytest.approx(math.exp(found.low))
+
+
+def test_a_claim_pairs_by_seed_and_counts_each_seed_once():
+    found = {claim.server_round: claim for claim in claims(ROWS)}
+    assert set(found) == {0, 5, ALL_ROUNDS}
+    whole = found[ALL_ROUNDS]
+    assert whole.points == (10, 40)
+    assert (whole.larger, whole.pairs) == (6, 6)
+    assert whole.ratio.count == 3
+    assert whole.ratio.mean == pytest.approx((2.0 * 2.5 * 3.0) ** (1 / 3))
+    assert verdict(whole).endswith("the claim holds here.")
+    opposite = [
+        hessian(seed, 0, points, value) for seed in range(3) for points, value in ((10, 1 + seed / 9), (40, 5.0))
+    ]
+    assert verdict(claims(opposite)[-1]).endswith("the opposite holds here.")
+    assert "a single seed" in verdict(claims([hessian(0, 0, 10, 2.0), hessian(0, 0, 40, 1.0)])[-1])
+
+
+def similarity(seed, rank, mean):
+    common = {"training": "one", "label": "One", "seed": seed, "round": 0, "kind": "similarity", "of": "gradients"}
+    return {**common, "layer": "", "rank": rank, "clients": 3, "mean": mean, "std": 0.1, "to_mean": 0.5, "share": 0.9}
+
+
+def test_the_tables_hold_what_was_measured():
+    rows = [*ROWS, *(similarity(seed, rank, 0.2 + 0.1 * rank) for seed in (0, 1) for rank in (0, 2))]
+    text = markdown("Title", (0, 1, 2), rows, ["One, seed 9: broke"])
+    assert text.startswith("# Title\n\nSeeds 0, 1, 2.\n")
+    assert "- One, seed 9: broke" in text
+    assert "n = 10 has the larger stable rank in 6 of 6 pairs with n = 40" in text
+    assert "| One | gradients | all | 2 | 0.4 ± 0 | 0.2 [0.2, 0.2] | 0.900 |" in text
+    lines = list(csv.DictReader(io.StringIO(as_csv(rows))))
+    assert len(lines) == len(rows)
+    assert lines[0]["stable_rank"] == "4"
+    assert lines[0]["share"] == ""
+
+
+def test_pictures_are_the_same_bytes_for_the_same_numbers():
+    rows = [*ROWS, similarity(0, 0, 0.3), similarity(0, 2, 0.4)]
+    found = files(rows)
+    assert set(found) == {"stable-rank-one-full.svg", "similarity-one-gradients.svg"}
+    assert found == files(rows)
+    assert all(picture.startswith(b"<?xml") for picture in found.values())
