@@ -221,16 +221,13 @@ class _Factorised(stacked.Stacked):
 
     def _forward_stacked(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """With the clients' samples side by side, and tensors stacked except for ``weight``."""
-        frozen_bias = None if "bias" in self.own else bias
+        is_own, axis = "bias" in self.own, 1 if isinstance(self, _CONVOLUTIONS) else -1
         if self.layout.family == "loha":
-            y = self._apply_stacked(x, weight + self._hadamard())
-            if frozen_bias is not None:
-                y = y + frozen_bias.reshape(-1, *(1,) * (y.dim() - 2) if isinstance(self, _CONVOLUTIONS) else ())
+            y = stacked.plus_bias(self._apply_stacked(x, weight + self._hadamard()), bias, is_own=is_own, axis=axis)
         else:
             here = stacked.channels_last(x) if self.channels_last and isinstance(self, nn.Conv2d) else x
-            y = _apply(self, self.layer, here, weight, frozen_bias)
-        if bias is not None and frozen_bias is None:
-            y = y + stacked.per_sample(bias, len(y), y.dim(), axis=1 if isinstance(self, _CONVOLUTIONS) else -1)
+            y = _apply(self, self.layer, here, weight, None if is_own else bias)
+            y = stacked.plus_bias(y, bias if is_own else None, is_own=is_own, axis=axis)
         pair = self._pair()
         if pair is None:
             return y

@@ -39,9 +39,7 @@ class StackedLinear(Stacked, nn.Linear):
         if not self.clients:
             return super().forward(input)
         y = linear(input, self.weight, self.clients) if "weight" in self.own else functional.linear(input, self.weight)
-        if "bias" in self.own:
-            return y + per_sample(self.bias, len(y), y.dim(), axis=-1)
-        return y if self.bias is None else y + self.bias
+        return plus_bias(y, self.bias, is_own="bias" in self.own, axis=-1)
 
 
 class StackedConvolution(Stacked):
@@ -58,9 +56,7 @@ class StackedConvolution(Stacked):
             y = convolution(self, input, self.weight, self.clients)
         else:
             y = self._conv_forward(input, self.weight, None)
-        if self.bias is None:
-            return y
-        return y + per_sample(self.bias if "bias" in self.own else self.bias[None], len(y), y.dim(), axis=1)
+        return plus_bias(y, self.bias, is_own="bias" in self.own, axis=1)
 
 
 class StackedNorm(Stacked):
@@ -164,6 +160,11 @@ def per_sample(own: Tensor, samples: int, dim: int, *, axis: int) -> Tensor:
     shape = (len(own), 1, *own.shape[1:], *(1,) * gap) if axis == 1 else (len(own), 1, *(1,) * gap, *own.shape[1:])
     each = own.reshape(shape)
     return each.expand(-1, samples // len(own), *each.shape[2:]).reshape(samples, *each.shape[2:])
+
+
+def plus_bias(y: Tensor, bias: Tensor | None, *, is_own: bool, axis: int) -> Tensor:
+    """Add a bias, the clients' own ``(clients, out)`` or the one of all; for ``axis`` see `per_sample`."""
+    return y if bias is None else y + per_sample(bias if is_own else bias[None], len(y), y.dim(), axis=axis)
 
 
 def channels_last(x: Tensor) -> Tensor:

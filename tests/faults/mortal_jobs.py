@@ -54,16 +54,23 @@ class Doors:
 
         setattr(owner, name, guarded)
 
-    def build(self, grid):
-        """Put up the doors of all phases, for a class of grids."""
-        from fedloru_flwr import job
+    def build(self):
+        """Put up the doors of all phases; those of "asking" are passed as often on any engine."""
         from fedloru_flwr.clients import together
+        from fedloru_flwr.engines.in_process import InProcessGrid
+
+        self.around(InProcessGrid, "_handle", "sending")
+        self.around(together, "train_cohort", "sending")
+        self.around(InProcessGrid, "_stream", "asking")
+        self.build_at_server()
+
+    def build_at_server(self):
+        """Put up the doors of the phases that are the server's alone."""
+        from fedloru_flwr import job
         from fedloru_flwr.runs import RunDirectory
         from fedloru_flwr.strategies import FederatedStrategy, federated
         from fedloru_flwr.strategies.inner import InnerStrategy
 
-        self.around(grid, "_handle", "sending")
-        self.around(together, "train_cohort", "sending")
         self.around(InnerStrategy, "aggregate_train", "aggregating")
         self.around(federated, "step", "accumulating", lambda *_, accumulate_now, **__: accumulate_now)
         self.around(RunDirectory, "write_checkpoint", "writing a checkpoint")
@@ -84,9 +91,7 @@ def child(directory, settings, doors):
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        from fedloru_flwr.engines.in_process import InProcessGrid
-
-        doors.build(InProcessGrid)
+        doors.build()
         run_job(directory, settings)
     except BaseException:
         traceback.print_exc()

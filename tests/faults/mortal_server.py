@@ -39,4 +39,6 @@ class DoorsOnFlower(Doors):
 
 
 if os.environ.get(PHASE):
-    DoorsOnFlower().build(InMemoryGrid)
+    doors = DoorsOnFlower()
+    doors.around(InMemoryGrid, "push_messages", "asking")
+    doors.build_at_server()

@@ -214,7 +214,7 @@ def drawn_on_ray(index):
     """Each phase twice: at the very door, and a while after it."""
     rng = random.Random(f"on Ray {index}")
     name, more = ON_RAY[index % len(ON_RAY)]
-    phase = PHASES[index % len(PHASES)]
+    phase = ("asking", *PHASES[1:])[index % len(PHASES)]
     if phase == "accumulating" and more.get("accumulate-every") == 0:
         name, more = ON_RAY[0]
     return name, more, Kill(phase, rng.random(), 0.0 if index < len(PHASES) else 0.05 * rng.random())

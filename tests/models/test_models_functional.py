@@ -150,11 +150,8 @@ def test_a_pair_computes_what_peft_does(name: str) -> None:
             torch.testing.assert_close(values[key][client] - gradient[client], stepped, rtol=1e-4, atol=1e-4)
 
 
-def test_gpt2s_transposed_layer_is_factorised_too() -> None:
-    layer = pytest.importorskip("transformers.pytorch_utils").Conv1D
-    model = nn.Sequential(layer(5, 6), nn.Tanh(), layer(4, 5)).double()
-    plan = plan_adapter(model, 2, 3.0, "Conv1D")
-    x = torch.randn(CLIENTS, 4, 2, 6, dtype=torch.float64)
+def assert_outputs_are_those_of_the_effective_weights(model: nn.Module, plan: AdapterPlan, x: Tensor) -> None:
+    """In every layout, stacked over clients and alone."""
     for layout in LAYOUTS.values():
         values = draw(plan, layout, model)
         functional = FunctionalModel(model, plan.layers, layout, plan.dense_leaves)
@@ -163,6 +160,15 @@ def test_gpt2s_transposed_layer_is_factorised_too() -> None:
             own = {key: value[client] for key, value in values.items()}
             expected = functional_call(model, effective(plan, layout, own, model.state_dict()), (x[client],))
             torch.testing.assert_close(outputs[client], expected, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(functional.forward(own, model.state_dict(), x[client]), expected)
+
+
+def test_gpt2s_transposed_layer_is_factorised_too() -> None:
+    layer = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(layer(5, 6), nn.Tanh(), layer(4, 5)).double()
+    plan = plan_adapter(model, 2, 3.0, "Conv1D")
+    x = torch.randn(CLIENTS, 4, 2, 6, dtype=torch.float64)
+    assert_outputs_are_those_of_the_effective_weights(model, plan, x)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -288,15 +294,7 @@ def test_a_network_that_views_its_images_goes_side_by_side_too(monkeypatch: pyte
     for part in ("conv", "fc", ""):
         assert_own_parameters_compute_alike(model, x, lambda name, part=part: part in name)
     plan = layers_of(model)
-    for layout in LAYOUTS.values():
-        values = draw(plan, layout, model)
-        functional = FunctionalModel(model, plan.layers, layout, plan.dense_leaves)
-        outputs = functional.forward_clients(values, model.state_dict(), x)
-        for client in range(CLIENTS):
-            own = {key: value[client] for key, value in values.items()}
-            expected = functional_call(model, effective(plan, layout, own, model.state_dict()), (x[client],))
-            torch.testing.assert_close(outputs[client], expected, rtol=1e-10, atol=1e-10)
-            torch.testing.assert_close(functional.forward(own, model.state_dict(), x[client]), expected)
+    assert_outputs_are_those_of_the_effective_weights(model, plan, x)
 
 
 def test_a_token_a_sample_can_be_looked_up_in_the_clients_own_table() -> None:
