@@ -9,7 +9,7 @@ or, for the family ``loha``, ``y = (W + s (w1_a w1_b) * (w2_a w2_b)) x + b``.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +156,10 @@ class FunctionalModel:
 @contextmanager
 def _trial(x: Tensor) -> Iterator[None]:
     """A forward pass of which nothing stays: no gradients, no draws from the global generators, no autocast."""
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type
+    devices = [x.device] if kind == "cuda" else []
+    plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), plain:
         yield
 
 
