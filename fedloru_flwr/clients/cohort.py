@@ -2,7 +2,8 @@
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -204,6 +205,10 @@ class _Schedule:
         self.share = share.to(dtype).T.contiguous().to(device)
 
 
+_Outputs = Callable[[Tensor], Tensor]
+_WHOLE = ""  # the key of all that a client trains, as one tensor
+
+
 class _Group:
     """Clients trained at once, sorted by steps, most first; tensors have a leading client axis."""
 
@@ -264,37 +269,59 @@ class _Group:
         plan = _Schedule(counts, self._generators, phase.epochs, self._how.batch_size, self._device, dtype)
         losses = torch.zeros(len(counts), device=self._device, dtype=dtype)
         sums = {} if control is None else {key: torch.zeros_like(self._values[key]) for key in phase.keys}
+        is_alone = len(counts) == 1 and len({self._values[key].dtype for key in phase.keys}) == 1
+        alone = _Alone(self._values, phase.keys) if is_alone else None
+        if alone is not None:
+            origin, control, sums = alone.spread(origin), alone.spread(control), alone.spread(sums) or {}
         optimizer = _Optimizer(self._how)
-        frozen: dict[str, Tensor] = {}
-        trained: dict[str, Tensor] = {}
+        trained: Mapping[str, Tensor] = {}
         count = 0
-        for step, (active, width) in enumerate(zip(plan.active, plan.width, strict=True)):
-            if active != count:
-                count = active
-                here = {key: value[:count] for key, value in self._values.items()}
-                trained = {key: here.pop(key).requires_grad_() for key in phase.keys}
-                frozen = here
-            index, weight = plan.index[step, :count, :width], plan.weight[step, :count, :width]
-            forward = partial(self._model.forward_clients, {**frozen, **trained}, self._shared, self._inputs[index])
-            outputs = self._how.outputs(forward, self._device)
-            each = functional.cross_entropy(outputs.flatten(0, 1), self._labels[index].flatten(), reduction="none")
-            means = (each.view(count, width) * weight).sum(1)
-            for value in trained.values():
-                value.grad = None
-            means.sum().backward()  # type: ignore[no-untyped-call]  # torch's is untyped
-            losses[:count] += means.detach() * plan.share[step, :count]
-            gradients = {key: value.grad for key, value in trained.items() if value.grad is not None}
-            self._seen |= gradients.keys()
-            if control is not None:
-                for key, gradient in gradients.items():
-                    sums[key][:count] += gradient
-            # Never in place: two tensors' gradients may lie in the same memory.
-            gradients = self._corrected(gradients, trained, origin, control)
-            if self._how.max_grad_norm > 0:
-                gradients = _clipped(gradients, self._how.max_grad_norm)
-            optimizer.step(trained, gradients)
+        with ExitStack() as held:
+            for step, (active, width) in enumerate(zip(plan.active, plan.width, strict=True)):
+                if active != count:
+                    count = active
+                    held.close()
+                    if alone is None:
+                        trained, outputs_of = self._hold_stacked(held, phase.keys, count)
+                    else:
+                        trained, outputs_of = self._hold_alone(held, alone)
+                index, weight = plan.index[step, :count, :width], plan.weight[step, :count, :width]
+                outputs = self._how.outputs(partial(outputs_of, self._inputs[index]), self._device)
+                each = functional.cross_entropy(outputs.flatten(0, 1), self._labels[index].flatten(), reduction="none")
+                means = (each.view(count, width) * weight).sum(1)
+                for value in trained.values():
+                    value.grad = None
+                means.sum().backward()  # type: ignore[no-untyped-call]  # torch's is untyped
+                losses[:count] += means.detach() * plan.share[step, :count]
+                gradients = {key: value.grad for key, value in trained.items() if value.grad is not None}
+                self._seen |= gradients.keys()
+                targets = trained
+                if alone is not None:
+                    targets, gradients = alone.targets, alone.gathered(gradients, optimizer)
+                for key, total in sums.items():
+                    if key in gradients:
+                        total[:count] += gradients[key]
+                # Never in place: two tensors' gradients may lie in the same memory.
+                gradients = self._corrected(gradients, targets, origin, control)
+                if self._how.max_grad_norm > 0:
+                    gradients = _clipped(gradients, self._how.max_grad_norm)
+                optimizer.step(targets, gradients)
+        if alone is not None:
+            self._values |= alone.parts(alone.whole)
         steps = plan.steps.to(self._device).clamp(min=1)
-        return losses, {key: total / _over(steps, total) for key, total in sums.items()}
+        return losses, {key: sums[key] / _over(steps, sums[key]) for key in phase.keys if key in sums}
+
+    def _hold_stacked(self, held: ExitStack, keys: Sequence[str], count: int) -> tuple[dict[str, Tensor], _Outputs]:
+        """Have the model hold the first clients' tensors; what is trained of them, and the outputs' function."""
+        here = {key: value[:count] for key, value in self._values.items()}
+        trained = {key: here[key].requires_grad_() for key in keys}
+        return trained, held.enter_context(self._model.holding_clients(here, self._shared, count))
+
+    def _hold_alone(self, held: ExitStack, alone: "_Alone") -> tuple[dict[str, Tensor], _Outputs]:
+        """The same for one client, whose tensors have no client axis then."""
+        here = {key: value[0] for key, value in self._values.items()} | alone.leaves
+        outputs_of = held.enter_context(self._model.holding(here, self._shared))
+        return alone.leaves, lambda x: outputs_of(x[0])[None]
 
     @torch.no_grad()
     def _corrected(
@@ -313,6 +340,53 @@ class _Group:
         return gradients
 
 
+class _Alone:
+    """What a client that is alone trains, in one piece of memory, so that it is corrected, clipped and stepped as one.
+
+    Mappings have the whole of it, ``(1, numbers)``, at `_WHOLE`, and by key the parts ``(1, *shape)`` that lie in it.
+
+    Args:
+        values: with a client axis of one.
+        keys: of what is trained.
+
+    Attributes:
+        whole: all of it.
+        leaves: the parts without a client axis, which gradients are of.
+        targets: the whole and the parts, to be changed in place.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], keys: Sequence[str]) -> None:
+        self._shapes = {key: values[key].shape for key in keys}
+        self.whole = self._joined(values)
+        self.targets = {_WHOLE: self.whole, **self.parts(self.whole)}
+        self.leaves = {key: part[0].requires_grad_() for key, part in self.parts(self.whole).items()}
+        self._is_whole = True
+
+    def _joined(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([tensors[key].reshape(1, -1) for key in self._shapes], dim=1)
+
+    def parts(self, whole: Tensor) -> dict[str, Tensor]:
+        """The parts that lie in a whole."""
+        pieces = torch.split(whole, [shape.numel() for shape in self._shapes.values()], dim=1)
+        return {key: piece.view(shape) for (key, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
+
+    def spread(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """The same numbers as a whole and as parts that lie in it; nothing of nothing."""
+        if not tensors:
+            return None
+        whole = self._joined(tensors)
+        return {_WHOLE: whole, **self.parts(whole)}
+
+    def gathered(self, gradients: Mapping[str, Tensor], optimizer: "_Optimizer") -> dict[str, Tensor]:
+        """The gradients as a whole; where something has none, by key from then on, since it must not be stepped."""
+        if self._is_whole and len(gradients) < len(self.leaves):
+            self._is_whole = False
+            optimizer.divide(self.parts)
+        if self._is_whole:
+            return {_WHOLE: self._joined(gradients)}
+        return {key: gradient[None] for key, gradient in gradients.items()}
+
+
 class _Optimizer:
     """torch's own update of stacked tensors, fused, without `torch.optim.Optimizer`, whose first use takes seconds.
 
@@ -325,6 +399,15 @@ class _Optimizer:
         self._second: dict[str, Tensor] = {}
         self._steps: dict[str, Tensor] = {}
 
+    def divide(self, parts: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        """Keep the state of the whole by its parts."""
+        for state in (self._first, self._second):
+            if _WHOLE in state:
+                state |= parts(state.pop(_WHOLE))
+        if _WHOLE in self._steps:
+            taken = self._steps.pop(_WHOLE)
+            self._steps = {key: taken.clone() for key in self._first}
+
     @torch.no_grad()
     def step(self, trained: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
         """Update in place what has a gradient."""
@@ -333,7 +416,8 @@ class _Optimizer:
         if not keys:
             return
         count = len(tensors[0])
-        fused = True if tensors[0].device.type in ("cpu", "cuda") else None
+        one_kind = len({tensor.dtype for tensor in tensors}) == 1  # which the fused update needs
+        fused = True if one_kind and tensors[0].device.type in ("cpu", "cuda") else None
         how = self._how
         if how.optimizer == "adamw":
             for key, tensor in zip(keys, tensors, strict=True):

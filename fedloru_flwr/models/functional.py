@@ -8,12 +8,12 @@ or, for the family ``loha``, ``y = (W + s (w1_a w1_b) * (w2_a w2_b)) x + b``.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 from fedloru_flwr.lowrank import FactorisedLayer
@@ -71,8 +71,10 @@ class FunctionalModel:
         self._is_tried = not side_by_side
         self._channels_last: bool | None = None
         _stack_parts(self._module, self._own)
+        self._parts = self._stacked_parts()
+        self._form: tuple[int, bool] | None = None  # what the parts have been told: clients, channels last
         if not side_by_side:
-            stacked.stack(self._module, self._own)
+            self._keep_apart()
 
     def forward(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The outputs ``(batch, classes)`` of one client.
@@ -82,16 +84,16 @@ class FunctionalModel:
             base: everything else, by the plain model's names: `base_keys`, and buffers that differ from `buffers`.
             x: ``(batch, *input_shape)``.
         """
-        return self._forward(values, base, x, clients=0)
+        with self.holding(values, base) as outputs:
+            return outputs(x)
 
     def forward_clients(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The outputs ``(clients, batch, classes)`` of clients whose ``values`` and ``x`` are stacked; one base.
 
         One client alone is computed by torch's own kernels for one.
         """
-        if len(x) == 1:
-            return self.forward({key: value[0] for key, value in values.items()}, base, x[0])[None]
-        return self.forward_stacked(values, base, x)
+        with self.holding_clients(values, base, len(x)) as outputs:
+            return outputs(x)
 
     def forward_stacked(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """As `forward_clients`, also where there is a single client.
@@ -100,33 +102,97 @@ class FunctionalModel:
         once; else, as where a model's forward pass reads a client's tensors outside of the layers that hold them, the
         whole model is computed by `torch.func.vmap`.
         """
-        if not self._is_tried:
-            if not self._can_lie_side_by_side(values, base, x):
-                stacked.stack(self._module, self._own)
-            self._is_tried = True
-        outputs = self._forward(values, base, x.flatten(0, 1), clients=len(x))
-        return outputs.view(*x.shape[:2], *outputs.shape[1:])
+        with self._holding_stacked(values, base, len(x)) as outputs:
+            return outputs(x)
 
-    def _forward(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], x: Tensor, *, clients: int) -> Tensor:
+    @contextmanager
+    def holding(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+        """`forward` for many inputs: gives the function from ``x`` to outputs, to be used inside the ``with``.
+
+        The tensors may be changed in place meanwhile. Nothing else may use this model then.
+        """
+        tensors = self._by_name(values, base)
+        with self._installed(tensors):
+            yield lambda x: self._compute(x, 0)
+
+    @contextmanager
+    def holding_clients(
+        self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], clients: int
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """`forward_clients` for many inputs, as `holding` is `forward`."""
+        if clients == 1:  # its tensors are views of those that are changed, and made anew each time
+            yield lambda x: self.forward({key: value[0] for key, value in values.items()}, base, x[0])[None]
+            return
+        with self._holding_stacked(values, base, clients) as outputs:
+            yield outputs
+
+    @contextmanager
+    def _holding_stacked(
+        self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], clients: int
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        tensors = self._by_name(values, base)
+        with ExitStack() as held:
+            if self._is_tried:
+                held.enter_context(self._installed(tensors))
+
+            def outputs(x: Tensor) -> Tensor:
+                if not self._is_tried:
+                    if not self._can_lie_side_by_side(values, base, x):
+                        self._keep_apart()
+                    self._is_tried = True
+                    held.enter_context(self._installed(tensors))
+                found = self._compute(x.flatten(0, 1), clients)
+                return found.view(*x.shape[:2], *found.shape[1:])
+
+            yield outputs
+
+    def _keep_apart(self) -> None:
+        """Compute the whole model by `torch.func.vmap`."""
+        stacked.stack(self._module, self._own)
+        self._parts, self._form = self._stacked_parts(), None
+
+    def _stacked_parts(self) -> list[stacked.Stacked]:
+        return [part for part in self._module.modules() if isinstance(part, stacked.Stacked)]
+
+    def _by_name(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors by the names that the module has for them."""
         tensors = {name: values[key] if key in values else base[key] for name, key in self._names.items()}
-        tensors |= {name: base[name] for name in self.buffers if name in base}
-        if self._channels_last is None:
-            self._channels_last = x.dim() == 4 and self._takes_channels_last(tensors, x, clients)
-        return self._compute(tensors, x, clients, self._channels_last)
+        return tensors | {name: base[name] for name in self.buffers if name in base}
 
-    def _compute(self, tensors: Mapping[str, Tensor], x: Tensor, clients: int, channels_last: bool) -> Tensor:
-        for part in self._module.modules():
-            if isinstance(part, stacked.Stacked):
-                part.clients, part.channels_last = clients, channels_last
-        inputs = stacked.channels_last(x) if channels_last else x
-        outputs: Tensor = functional_call(self._module, dict(tensors), (inputs,), tie_weights=False)
+    @contextmanager
+    def _installed(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Have the module hold these tensors in place of its own; `torch.func.functional_call` for many calls."""
+        before: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        try:
+            for name, tensor in tensors.items():
+                owner, _, local = name.rpartition(".")
+                part = self._module.get_submodule(owner)
+                place: dict[str, Any] = part._parameters if local in part._parameters else part._buffers
+                before.append((place, local, place[local]))
+                place[local] = tensor
+            yield
+        finally:
+            for place, local, tensor_before in reversed(before):
+                place[local] = tensor_before
+
+    def _compute(self, x: Tensor, clients: int, channels_last: bool | None = None) -> Tensor:
+        """The outputs with the tensors that are installed, of so many clients side by side; of one alone with 0."""
+        if channels_last is None:
+            if self._channels_last is None:
+                self._channels_last = x.dim() == 4 and self._takes_channels_last(x, clients)
+            channels_last = self._channels_last
+        if self._form != (clients, channels_last):
+            self._form = clients, channels_last
+            for part in self._parts:
+                part.clients, part.channels_last = self._form
+        outputs: Tensor = self._module(stacked.channels_last(x) if channels_last else x)
         return outputs
 
-    def _takes_channels_last(self, tensors: Mapping[str, Tensor], x: Tensor, clients: int) -> bool:
+    def _takes_channels_last(self, x: Tensor, clients: int) -> bool:
         """Whether the model takes images in that order; ``Tensor.view`` for one does not."""
         with _trial(x):
             try:
-                self._compute(tensors, x[: max(1, clients)], clients, channels_last=True)
+                self._compute(x[: max(1, clients)], clients, channels_last=True)
             except Exception:  # whatever it is, it is not met in the usual order
                 return False
         return True
@@ -144,7 +210,8 @@ class FunctionalModel:
             few = near(few) if x.is_floating_point() else few
             alone = [self.forward({key: value[i] for key, value in two.items()}, base, few[i]) for i in range(2)]
             try:
-                together = self._forward(two, base, few.flatten(0, 1), clients=2)
+                with self._installed(self._by_name(two, base)):
+                    together = self._compute(few.flatten(0, 1), 2)
             except Exception:  # whatever it is, it is not met where the clients are kept apart
                 return False
         expected = torch.cat(alone)

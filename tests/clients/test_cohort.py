@@ -165,7 +165,8 @@ def test_it_is_what_each_client_does_by_itself(name, optimisation, full, dtype):
     one = OPTIMISATIONS[optimisation]
     if name == "cnn":
         one = replace(one, learning_rate=one.learning_rate / 10)  # else it diverges
-    for task, result in zip(tasks, train_cohort(functional, base, tasks, one, CPU), strict=True):
+    results = [*train_cohort(functional, base, tasks, one, CPU), *train_cohort(functional, base, tasks[:1], one, CPU)]
+    for task, result in zip((*tasks, tasks[0]), results, strict=True):
         adapted.write_trainables(task.values)
         order = torch.Generator().manual_seed(task.seed)
         loss = train_locally(adapted.module, task.samples, one, order, CPU)  # which sums in float32
@@ -279,7 +280,8 @@ def test_methods_with_more_to_train_and_correct(name, layout, kind, dtype):
         zeros = {key: torch.zeros_like(values[key]) for key in phases[0].keys}
         tasks = [replace(task, control=near(zeros, 77 + client)) for client, task in enumerate(tasks)]
     results = train_cohort(functional, base, tasks, optimisation, CPU)
-    for task, result in zip(tasks, results, strict=True):
+    by_itself = train_cohort(functional, base, tasks[:1], optimisation, CPU)  # all that it trains as one tensor
+    for task, result in zip((*tasks, tasks[0]), (*results, *by_itself), strict=True):
         wanted, loss, means = alone(model, plan, layout, base, task, optimisation)
         assert_same(result, wanted, loss, tolerance)
         if task.control is None:
@@ -359,10 +361,14 @@ def test_global_generators_are_neither_used_nor_disturbed():
 def test_finished_clients_leave_the_batch(monkeypatch):
     functional, base, tasks = small_cohort(phases=(Phase(("2.lora_B",), 2),))
     seen = []
-    original = functional.forward_clients
-    monkeypatch.setattr(
-        functional, "forward_clients", lambda v, b, x: seen.append(tuple(x.shape[:2])) or original(v, b, x)
-    )
+    original = functional._compute
+
+    def compute(x, clients, **more):
+        seen.append((clients or 1, len(x) // (clients or 1)))
+        return original(x, clients, **more)
+
+    train_cohort(functional, base, tasks, how(), CPU)  # with the trials of a first time
+    monkeypatch.setattr(functional, "_compute", compute)
     train_cohort(functional, base, tasks, how(), CPU)
     # Steps 10, 6, 4, 2 and 2; the fifth of the largest client has one sample.
     assert seen == [(5, 4), (5, 4), (3, 4), (3, 4), (2, 4), (2, 4), (1, 4), (1, 4), (1, 4), (1, 1)]
@@ -410,6 +416,57 @@ def test_layers_without_gradient_are_told_and_left_as_they_are():
         assert not torch.equal(result.values["used.lora_A"], task.values["used.lora_A"])
     frozen = tasks_of(values, (6,), phases=(Phase(("out.weight",), 1), Phase(("used.lora_B",), 1)))
     assert train_cohort(functional, base, frozen, how(), CPU)[0].silent == (), "nothing of that layer is trained"
+
+
+class Skipping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.always, self.first, self.out = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+        self.calls = 0
+
+    def forward(self, x):
+        """Leaves a layer out from the third call on."""
+        self.calls += 1
+        y = torch.tanh(self.always(x))
+        return self.out(self.first(y) if self.calls <= 2 else y)
+
+
+@pytest.mark.parametrize("optimisation", ["all", "adamw"])
+def test_what_gets_no_gradient_any_more_is_not_stepped_any_more(optimisation):
+    model = Skipping().double()
+    plan = plan_full(model)
+    functional, base = cohort_of(model, plan)
+    adapted = AdaptedModel(copy.deepcopy(model), plan)
+    (task,) = tasks_of(adapted.read_trainables(), (6,), counts=(9,), dtype=torch.float64)
+    one = OPTIMISATIONS[optimisation]
+    (result,) = train_cohort(functional, base, [task], one, CPU)
+    adapted.write_trainables(task.values)
+    adapted.module.calls = 0
+    loss = train_locally(adapted.module, task.samples, one, torch.Generator().manual_seed(task.seed), CPU)
+    assert_same(result, adapted.read_trainables(), loss, 1e-9, loss_tolerance=1e-5)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(6, CLASSES)
+        self.scale = nn.Parameter(torch.ones(CLASSES, dtype=torch.float64))
+
+    def forward(self, x):
+        """Rescales logits with numbers of another precision."""
+        return self.out(x) * self.scale.to(x)
+
+
+def test_a_client_alone_may_train_tensors_of_two_precisions():
+    model = Scaled()
+    functional, base = cohort_of(model, plan_full(model))
+    values = {name: value.detach() for name, value in model.named_parameters()}
+    task = LocalTask(values, (Phase(tuple(values), 2),), samples((6,), 9, 0), seed=3)
+    (result,) = train_cohort(functional, base, [task], OPTIMISATIONS["all"], CPU)
+    reference = copy.deepcopy(model)
+    order = torch.Generator().manual_seed(3)
+    loss = train_locally(reference, task.samples, replace(OPTIMISATIONS["all"], epochs=2), order, CPU)
+    assert_same(result, dict(reference.named_parameters()), loss, 1e-5)
 
 
 def test_no_clients_give_no_results():
