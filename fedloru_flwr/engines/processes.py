@@ -84,8 +84,12 @@ class _Round:
     def replies(self) -> Iterator[Message]:
         """The replies to all shares, in order, each share's as soon as it is done: others train while they are read."""
         first = self._waiting.popleft()  # by whom the replies are wanted, so that they are there early
-        for worker in list(self._grid._workers):  # a dead one is removed meanwhile
-            threading.Thread(target=self._hand_out, args=(worker,), daemon=True).start()
+        threads = [
+            threading.Thread(target=self._hand_out, args=(worker,), daemon=True)
+            for worker in list(self._grid._workers)  # a dead one is removed meanwhile
+        ]
+        for thread in threads:
+            thread.start()
         try:
             self._train(first)
             for index in range(len(self._parts)):
@@ -97,6 +101,8 @@ class _Round:
         finally:
             with self._change:
                 self._waiting.clear()
+            for thread in threads:  # a share that is under way is not mistaken for one of the next round
+                thread.join()
 
     def _work_until(self, index: int) -> None:
         """Train what nobody else has taken, until this share is done."""

@@ -213,8 +213,16 @@ def pointwise(x: Tensor, weight: Tensor, clients: int) -> Tensor:
 
 
 def look_up(x: Tensor, weight: Tensor, padding_idx: int | None, clients: int = 0) -> Tensor:
-    """Rows of ``weight (entries, width)``, or of the client's own of ``(clients, entries, width)``."""
+    """Rows of ``weight (entries, width)``, or of the client's own of ``(clients, entries, width)``.
+
+    Raises:
+        IndexError: on the CPU, as torch does, if there is no such row; another device does not tell.
+    """
     if clients:
+        if x.device.type == "cpu" and x.numel() and not 0 <= int(x.min()) <= int(x.max()) < weight.shape[1]:
+            raise IndexError(
+                f"index out of range: {int(x.min())} to {int(x.max())} in a table of {weight.shape[1]} rows"
+            )
         first = torch.arange(0, clients * weight.shape[1], weight.shape[1], device=x.device)
         rows = x + per_sample(first, len(x), x.dim(), axis=1)
         y = functional.embedding(rows, weight.flatten(0, 1))

@@ -100,3 +100,37 @@ def test_whoever_waits_for_a_worker_that_is_stopped_is_told():
     thread.join(10)
     assert told == ["dead"]
     assert worker.process.returncode is not None
+
+
+def test_a_round_that_is_left_early_waits_for_shares_under_way():
+    began, allowed, received = threading.Event(), threading.Event(), []
+
+    class Slow:
+        """A worker that takes its time."""
+
+        is_stopped = False
+
+        def send(self, packet):
+            """Begins."""
+            began.set()
+
+        def receive(self):
+            """Ends when it may."""
+            allowed.wait(30)
+            received.append(1)
+            return RuntimeError("of no interest any more")
+
+    class Grid:
+        """Trains its own shares at once."""
+
+        _workers = (Slow(),)
+
+        def _answer_share(self, requests):
+            assert began.wait(30)
+            return iter(requests)
+
+    replies = processes._Round([[("a", None)], [], []], Grid()).replies()
+    assert next(replies) == ("a", None)
+    threading.Timer(0.2, allowed.set).start()
+    replies.close()
+    assert received == [1], "the next round would have taken that answer for its own"

@@ -302,6 +302,18 @@ def test_a_token_a_sample_can_be_looked_up_in_the_clients_own_table() -> None:
     assert_own_parameters_compute_alike(model, x, lambda name: name.startswith("0."))
 
 
+@pytest.mark.parametrize("token", [9, -1])
+def test_a_token_beyond_the_clients_own_table_is_not_looked_up_in_anothers(token: int) -> None:
+    model, x = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 2)), torch.randint(0, 9, (CLIENTS, 4))
+    functional = FunctionalModel(model, dense_leaves=("0.weight",))
+    values = {"0.weight": torch.randn(CLIENTS, 9, 5)}
+    base = {name: value.detach() for name, value in model.named_parameters() if name != "0.weight"}
+    functional.forward_clients(values, base, x)
+    x[1, 2] = token
+    with pytest.raises(IndexError, match="out of range"):
+        functional.forward_clients(values, base, x)
+
+
 def test_only_odd_models_are_left_to_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = stacked.vmap
