@@ -10,9 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from flwr.app import Message, RecordDict
 
 import fedloru_flwr
 from fedloru_flwr.engines import processes
+from fedloru_flwr.engines.in_process import named
 from fedloru_flwr.engines.workers import Worker, Workers
 from fedloru_flwr.launch import RunFailedError
 
@@ -129,8 +131,9 @@ def test_a_round_that_is_left_early_waits_for_shares_under_way():
             assert began.wait(30)
             return iter(requests)
 
-    replies = processes._Round([[("a", None)], [], []], Grid()).replies()
-    assert next(replies) == ("a", None)
+    parts = [[(message, None)] for message in named(Message(RecordDict(), node, "train") for node in range(3))]
+    replies = processes._Round(parts, Grid()).replies()
+    assert next(replies) == parts[0][0]
     threading.Timer(0.2, allowed.set).start()
     replies.close()
     assert received == [1], "the next round would have taken that answer for its own"
