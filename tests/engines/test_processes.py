@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from flwr.app import Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 import fedloru_flwr
 from fedloru_flwr.engines import processes
@@ -104,7 +105,9 @@ def test_whoever_waits_for_a_worker_that_is_stopped_is_told():
     assert worker.process.returncode is not None
 
 
-def test_a_round_that_is_left_early_waits_for_shares_under_way():
+def test_a_round_that_is_left_early_waits_for_shares_under_way(monkeypatch):
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
     began, allowed, received = threading.Event(), threading.Event(), []
 
     class Slow:
