@@ -6,33 +6,16 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from pathlib import Path
 
 import psutil
 import pytest
+from small_apps import a_tag, tagged, write_app
 
 from fedloru_flwr.engines import flower
 from fedloru_flwr.engines.flower import FlowerError, FlowerOutcome, run_on_flower
 
-PYPROJECT = """
-[project]
-name = "echo-app"
-version = "1.0.0"
-description = "What a server and its clients see of each other"
-license = { file = "LICENSE" }
-dependencies = ["flwr>=1.41.0"]
-
-[tool.flwr.app]
-publisher = "tests"
-fab-format-version = 1
-flwr-version-target = "1.41.0"
-
-[tool.flwr.app.components]
-serverapp = "echo_app:server"
-clientapp = "echo_app:client"
-
-[tool.flwr.app.config]
+CONFIG = """
 mode = "exchange"
 phrase = ""
 rate = 0.0
@@ -85,31 +68,13 @@ say(outcome=vars(outcome))
 
 @pytest.fixture
 def app(tmp_path):
-    directory = tmp_path / "app"
-    directory.mkdir()
-    (directory / "pyproject.toml").write_text(PYPROJECT)
-    (directory / "LICENSE").write_text("None.")
-    (directory / "echo_app.py").write_text(APP)
-    return directory
+    return write_app(tmp_path / "app", APP, CONFIG)
 
 
 @pytest.fixture
 def tag():
-    """A variable for a run's processes; they are all gone when the test is over."""
-    value = {"ECHO_TAG": uuid.uuid4().hex}
-    yield value
-    assert not tagged(value), "the test left processes behind"
-
-
-def tagged(tag):
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("ECHO_TAG") == tag["ECHO_TAG"]:
-                found.append(process)
-        except psutil.Error:  # gone, a zombie, or another user's
-            pass
-    return found
+    with a_tag() as value:
+        yield value
 
 
 def is_used(path):
@@ -151,6 +116,7 @@ def test_a_run_is_what_was_asked_for_and_leaves_nothing_behind(app, tag, tmp_pat
         "mode": "exchange",
     }
     home = tmp_path / "home"
+    before = (app / "pyproject.toml").read_bytes()
     driver = start_driver(app, home, run_config=config, num_supernodes=7, ray_num_cpus=3, environment=tag)
     output, _ = driver.communicate(timeout=120)
     *said, last = map(json.loads, output.splitlines())
@@ -171,7 +137,7 @@ def test_a_run_is_what_was_asked_for_and_leaves_nothing_behind(app, tag, tmp_pat
     assert not tagged(tag)
     assert not is_used(Path(value_of(lines, "temporary")))
     assert not (home / ".flwr").exists()
-    assert (app / "pyproject.toml").read_text() == PYPROJECT
+    assert (app / "pyproject.toml").read_bytes() == before
 
 
 def test_a_run_that_takes_too_long_is_ended(app, tag):

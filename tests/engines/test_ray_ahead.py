@@ -1,36 +1,17 @@
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
-import psutil
 import pytest
+from small_apps import a_tag, tagged, write_app
 
 from fedloru_flwr.engines import ray_ahead as module
 from fedloru_flwr.engines.flower import run_on_flower
 from fedloru_flwr.engines.ray_ahead import join, ray_ahead
 from fedloru_flwr.launch import run
-
-PYPROJECT = """
-[project]
-name = "warm"
-version = "1.0.0"
-license = { file = "LICENSE" }
-dependencies = ["flwr>=1.41.0"]
-
-[tool.flwr.app]
-publisher = "test"
-fab-format-version = 1
-flwr-version-target = "1.41.0"
-
-[tool.flwr.app.components]
-serverapp = "warm_app:server"
-clientapp = "warm_app:client"
-"""
 
 APP = """
 import os, sys, time
@@ -43,7 +24,7 @@ server = ServerApp()
 
 @client.train()
 def train(message, context):
-    seen = {"pid": os.getpid(), "preloaded": "colorsys" in sys.modules, "tag": os.environ["WARM_TAG"]}
+    seen = {"pid": os.getpid(), "preloaded": "colorsys" in sys.modules, "tag": os.environ["SMALL_APP_TAG"]}
     time.sleep(0.2)
     return Message(RecordDict({"seen": ConfigRecord(seen)}), reply_to=message)
 
@@ -61,27 +42,12 @@ def main(grid, context):
 
 @pytest.fixture
 def tag():
-    """A variable for a run's processes; they are all gone when the test is over."""
-    value = {"WARM_TAG": uuid.uuid4().hex}
-    yield value
-    assert not tagged(value), "the test left processes behind"
-
-
-def tagged(tag):
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # gone, a zombie, or another user's
-            if process.environ().get("WARM_TAG") == tag["WARM_TAG"]:
-                found.append(process)
-    return found
+    with a_tag() as value:
+        yield value
 
 
 def test_the_simulation_joins_the_ray_that_was_started_and_uses_its_workers(monkeypatch, tmp_path, tag):
-    app = tmp_path / "app"
-    app.mkdir()
-    (app / "pyproject.toml").write_text(PYPROJECT)
-    (app / "LICENSE").write_text("None.")
-    (app / "warm_app.py").write_text(APP)
+    app = write_app(tmp_path / "app", APP)
     monkeypatch.syspath_prepend(str(app))
     lines: list[str] = []
     with ray_ahead(2, ["colorsys"], tag) as joining:
@@ -92,7 +58,7 @@ def test_the_simulation_joins_the_ray_that_was_started_and_uses_its_workers(monk
     assert [line for line in lines if not line.startswith("(")] == [
         "workers 2",
         "preloaded True",
-        f"tags {tag['WARM_TAG']}",
+        f"tags {tag['SMALL_APP_TAG']}",
     ]
     assert not tagged(tag)
     assert not Path(joining["FEDLORU_RAY"]).parent.exists()
@@ -112,12 +78,12 @@ def test_uv_is_kept_from_setting_a_hook_of_its_own(tag):
 
 
 def test_settings_that_make_no_sense_end_the_ray_that_was_starting(monkeypatch, tmp_path, tag):
-    monkeypatch.setenv("WARM_TAG", tag["WARM_TAG"])
+    monkeypatch.setenv("SMALL_APP_TAG", tag["SMALL_APP_TAG"])
     begun = time.monotonic()
     with pytest.raises(ValueError, match="num-clients"):
         run(config={"num-clients": 1000, "output-dir": str(tmp_path / "runs")})
     assert time.monotonic() - begun < 30
-    monkeypatch.delenv("WARM_TAG")
+    monkeypatch.delenv("SMALL_APP_TAG")
     assert not tagged(tag)
     assert not (tmp_path / "runs").exists()
 
