@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ from fedloru_flwr.runs.directory import ROUND_DEFAULTS, RunDirectory
 
 PROJECT = "fedloru-flwr"
 _FILE = "tracking.json"
-_MLFLOW_BATCH = 500  # metrics and parameters in a request; a server takes 1000 and 100
-_MLFLOW_PARAMS = 100
+_MLFLOW_BATCH = 500  # metrics in a request; a server takes 1000
+_MLFLOW_PARAMS = 100  # parameters in a request
 _MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED"}
 
 
@@ -182,7 +183,7 @@ class WandbTracker:
         self._project = project
 
     def start(self, run: TrackedRun, known: Known) -> Known:
-        """See `Tracker`; a step that is there cannot be replaced, so that no round is told again."""
+        """See `Tracker`; a step that is on the server cannot be replaced, so that its round is not told again."""
         import wandb
 
         project, _, run_id = known.id.rpartition("/")
@@ -198,8 +199,17 @@ class WandbTracker:
             reinit="create_new",  # the caller may have a run of its own
             settings=wandb.Settings(console="off"),
         )
-        # Where the server knows the run, it knows best what has reached it.
-        last_round = self._run.starting_step - 1 if self._run.resumed else known.last_round
+        last_round = known.last_round
+        if self._run.resumed:
+            last_round = self._run.starting_step - 1  # the server knows best what has reached it
+        elif self._run.offline:
+            # A killed process leaves a file without its end. Nobody has seen it yet: the new one gets all rounds.
+            own = Path(self._run.sync_dir)
+            earlier = [one for one in own.parent.glob(f"offline-run-*-{run_id}*") if one.name != own.name]
+            if not any(synced for one in earlier for synced in one.glob("*.synced")):
+                for one in earlier:
+                    shutil.rmtree(one, ignore_errors=True)
+                last_round = -1
         return Known(f"{project}/{run_id}", last_round)
 
     def round(self, server_round: int, scalars: Mapping[str, float]) -> None:
