@@ -19,6 +19,8 @@ from fedloru_flwr.suggest import did_you_mean
 Scalar = bool | int | float | str
 
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+
 # A key, then a value in double quotes, in single quotes, or without blanks and quotes; then a blank or the end.
 _PAIR = re.compile(r"""([^\s=]+)=("(?:[^"\\]|\\.)*"|'[^']*'|[^\s"']*)(?:\s+|$)""")
 
@@ -36,6 +38,8 @@ _FREE_WHEN_CONTINUED = (
     "max-failure-fraction",
     "aggregation-error",
     "max-total-bytes",
+    "track",
+    "track-project",
 )
 
 
@@ -148,6 +152,8 @@ class RunConfig:
     )
     output_dir: str = _setting("runs", "where run directories go")
     run_name: str = _setting("", "the run's directory; empty is a time stamp")
+    track: str = _setting("", f"show the run in these as well, by commas: {', '.join(TRACKERS)}")
+    track_project: str = _setting("fedloru-flwr", "the project of wandb, the experiment of mlflow")
     checkpoint_every: int = _setting(10, "rounds between checkpoints", low=1)
     resume: str = _setting("", "auto (the run named run-name, if it is there) or a run's directory")
     max_total_bytes: int = _setting(
@@ -195,6 +201,16 @@ class RunConfig:
         """The shape of ``input-shape``; empty if not given."""
         return _integers("input-shape", self.input_shape)
 
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in ``track``."""
+        names = tuple(dict.fromkeys(part.strip() for part in self.track.split(",") if part.strip()))
+        for name in names:
+            if name not in TRACKERS:
+                known = f"{', '.join(TRACKERS)}{did_you_mean(name, TRACKERS)}"
+                raise ConfigError(f"track = {self.track!r}: {name!r} is not one of {known}")
+        return names
+
     def changed_from(self, settings: Mapping[str, object]) -> dict[str, tuple[object, object]]:
         """The settings that would change the result of a run begun with ``settings``: key, then was and is.
 
@@ -230,9 +246,11 @@ class RunConfig:
 
     def _check_together(self) -> None:
         self._check_method()
-        _ = self.accumulation_rounds, self.hidden_widths, self.sample_shape
+        _ = self.accumulation_rounds, self.hidden_widths, self.sample_shape, self.trackers
         if not self.output_dir.strip():
             raise ConfigError("output-dir is empty: name a directory, '.' for the one at hand")
+        if not self.track_project.strip():
+            raise ConfigError("track-project is empty: name a project")
         if self.norm == "batch" and self.model.startswith("resnet") and self.batch_size == 1:
             raise ConfigError("norm = 'batch' cannot train with batch-size = 1: use norm = 'group' or larger batches")
         late = [at for at in self.accumulation_rounds if at > self.num_server_rounds]

@@ -16,7 +16,7 @@ from fedloru_flwr.data import Samples, partition_indices
 from fedloru_flwr.engines.in_process import VirtualGrid
 from fedloru_flwr.environment import SUPERNODES
 from fedloru_flwr.registry import ALGORITHMS
-from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_table
+from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_table, make_trackers
 from fedloru_flwr.strategies import FederatedStrategy
 from fedloru_flwr.strategies.federated import CommonOptions, ModelSource
 from fedloru_flwr.strategies.inner import server_optimizer
@@ -29,12 +29,13 @@ def check(config: RunConfig) -> None:
     """Refuse, before any client starts, what could not run: data, model, targets, output directory.
 
     Raises:
-        ValueError: `ConfigError`, `DataError`, `PlanError` or `OutputError`, each naming the setting.
+        ValueError: `ConfigError`, `DataError`, `PlanError`, `TrackerError` or `OutputError`, each naming the setting.
     """
     _, spec = server_data(config)
     check_init_adapter(config)
     build_strategy(config, network_factory(config, spec))  # it refuses what the method cannot do
     choose_device(config.device)
+    make_trackers(config.trackers, config.track_project)
     continued = run_to_continue(config)
     if continued is None:
         RunDirectory.check(config.output_dir, config.run_name)
@@ -78,6 +79,7 @@ class Job:
         """The strategy the settings describe."""
         common = run_options(self.config)
         common |= {"run_dir": self.directory.path, "observer": progress}
+        common["trackers"] = make_trackers(self.config.trackers, self.config.track_project)
         common["resume"] = "auto"  # the directory is this run's own: new, or to be continued
         return build_strategy(self.config, self.factory, **common)
 

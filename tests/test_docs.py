@@ -1,6 +1,7 @@
 """What the documents say is true: settings, defaults, snippets."""
 
 import dataclasses
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -96,6 +97,25 @@ def test_the_drop_in_snippets_run_as_they_stand(document):
     run_in_process(server, client, num_supernodes=4)
     assert kept["strategy"].state.ledger.version == 1
     Net().load_state_dict(kept["state_dict"])
+
+
+def test_the_trackers_of_the_tracking_page_are_told_of_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"Net": Net, "app": (client := ClientApp()), "my_training_loop": lambda model, loader: 0.5, "my_loader": []}
+    names["my_loader"] = torch.utils.data.DataLoader(range(8))
+    exec(blocks("docs/drop-in.md", "# client_app.py"), names)
+    server = ServerApp()
+
+    @server.main()
+    def main(grid, context):
+        exec(blocks("docs/tracking.md", "# server_app.py"), names)
+        names["strategy"].start(grid, names["strategy"].initial_arrays(), num_rounds=2)
+
+    run_in_process(server, client, num_supernodes=2)
+    rows = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
+    first, second = rows[0]["bytes_up"], rows[0]["bytes_up"] + rows[1]["bytes_up"]
+    assert capsys.readouterr().out.splitlines() == ["mine 4", f"1 2 {first}", f"2 2 {second}", "finished"]
+    assert list(Path("runs/mine/tensorboard").glob("events.*"))
 
 
 def test_the_strategies_named_in_the_docs_compose(recwarn):

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from logging import INFO
 from pathlib import Path
@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedloru_flwr.lowrank import Ledger, digest_tensors
-from fedloru_flwr.runs import Checkpoint, RunDirectory, round_line, versions
+from fedloru_flwr.runs import Checkpoint, RunDirectory, Tracker, Tracking, round_line, versions
 from fedloru_flwr.strategies.state import ServerState, state_to_checkpoint
 
 _RESULTS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
@@ -119,6 +119,10 @@ class Books:
         run_dir: where they are kept; None: only in memory.
         resume: None; ``"auto"`` to continue the run in ``run_dir`` if there is one; or such a directory.
         observer: told of every round; None: the log is.
+        trackers: told of what is written down of the run; they need a directory.
+
+    Raises:
+        ValueError: there are trackers and no directory, or two of one name.
 
     Attributes:
         observer: as given.
@@ -126,10 +130,19 @@ class Books:
         total_bytes: on the bills of all rounds so far, up and down, those of a continued run included.
     """
 
-    def __init__(self, run_dir: str | Path | None, resume: str | Path | None, observer: Observer | None) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path | None,
+        resume: str | Path | None,
+        observer: Observer | None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        if trackers and not (run_dir or resume):
+            raise ValueError("trackers need a run_dir: they are told of the rows that are written there")
         self._run_dir = Path(run_dir) if run_dir else None
         self._resume = resume or None
         self.observer = observer
+        self._tracking = Tracking(trackers)
         self._run: RunDirectory | None = None
         self._counted_before: list[dict[str, int]] = []
         self._previous: dict[str, Any] | None = None
@@ -209,6 +222,7 @@ class Books:
         self._run.update_manifest(
             {"strategy": settings, "seed": seed, "versions": versions(), "digests": {"root": root}}
         )
+        self._tracking.begin(self._run, self._run.read_manifest().get("config") or settings)
 
     def start_round(self, server_round: int, num_clients: int) -> None:
         """Tell that a round's messages go out."""
@@ -226,6 +240,7 @@ class Books:
         self.total_bytes += row["bytes_up"] + row["bytes_down"]
         if self._run is not None:
             self._run.append_round(row)
+            self._tracking.round(row)
         if self.observer is not None:
             self.observer.end_round(row)
         else:
@@ -296,18 +311,18 @@ class Books:
         self._run.write_model(model)
         digests = {"root": state.ledger.root, "lineage": state.ledger.lineage, "model": digest_tensors(model)}
         self._run.update_manifest({"digests": digests})
-        self._run.write_summary(
-            {
-                **facts,
-                "rounds": state.server_round,
-                "final_accuracy": rows[-1]["accuracy"] if rows else None,
-                "best_accuracy": max(accuracies, default=None),
-                "clients": next((row["clients"] for row in reversed(rows) if row.get("clients")), {}),
-                "total_bytes_up": sum(row["bytes_up"] for row in rows),
-                "total_bytes_down": sum(row["bytes_down"] for row in rows),
-                "full_model_bytes": down,
-                "fedavg_bytes": asked * down + sum(row["clients_ok"] for row in rows) * up,
-                "seconds": round(sum(row["seconds"] for row in rows), 3),
-            }
-        )
+        summary = {
+            **facts,
+            "rounds": state.server_round,
+            "final_accuracy": rows[-1]["accuracy"] if rows else None,
+            "best_accuracy": max(accuracies, default=None),
+            "clients": next((row["clients"] for row in reversed(rows) if row.get("clients")), {}),
+            "total_bytes_up": sum(row["bytes_up"] for row in rows),
+            "total_bytes_down": sum(row["bytes_down"] for row in rows),
+            "full_model_bytes": down,
+            "fedavg_bytes": asked * down + sum(row["clients_ok"] for row in rows) * up,
+            "seconds": round(sum(row["seconds"] for row in rows), 3),
+        }
+        self._run.write_summary(summary)
         self._run.draw_curves()
+        self._tracking.finish(summary)

@@ -28,6 +28,7 @@ from fedloru_flwr.clients.method import client_method
 from fedloru_flwr.lowrank import AccumulationSchedule, aggregation_errors, digest_tensors, weighted_mean
 from fedloru_flwr.lowrank.factors import rank_bound
 from fedloru_flwr.models.plan import build_seeded, plan_model
+from fedloru_flwr.runs import Tracker
 from fedloru_flwr.strategies import control
 from fedloru_flwr.strategies.books import Books, Memory, Observer, Snapshot
 from fedloru_flwr.strategies.exchange import Exchange, Folded, Folding, Form, Keeping, gather
@@ -70,6 +71,7 @@ class CommonOptions(TypedDict, total=False):
     max_failure_fraction: float
     max_norm_ratio: float
     observer: Observer | None
+    trackers: Sequence[Tracker]
     enrol: bool
     proximal_mu: float
     scaffold: bool
@@ -129,6 +131,7 @@ class FederatedStrategy(Strategy):
         max_norm_ratio: an update whose norm is more than so many times the usual one is left out; 0: none is, as under
             differential privacy, which clips.
         observer: told of progress.
+        trackers: told of every row of ``metrics.jsonl``, which needs a ``run_dir``; see `fedloru_flwr.runs.Tracker`.
         ranks: which client trains at which rank; None: all at the settings'.
         enrol: ask clients for their identity before round 1 by a query (the package's client app answers it); without
             it, identities come with the first replies.
@@ -176,6 +179,7 @@ class FederatedStrategy(Strategy):
         max_failure_fraction: float = 0.5,
         max_norm_ratio: float = 100.0,
         observer: Observer | None = None,
+        trackers: Sequence[Tracker] = (),
         enrol: bool = False,
         ranks: RankMap | None = None,
         proximal_mu: float = 0.0,
@@ -259,7 +263,7 @@ class FederatedStrategy(Strategy):
         self._at_least = {"train": min_train_nodes, "evaluate": min_evaluate_nodes}
         self._min_available = min_available_nodes
         self._enrol = enrol
-        self.books = Books(run_dir, resume, observer)
+        self.books = Books(run_dir, resume, observer, trackers)
         self._bill = Bill()
         self._roster = Roster()
         self._memory = Memory()
