@@ -295,18 +295,18 @@ def _example(pieces: Iterable[Piece], tokenizer: Any, max_length: int) -> Exampl
     """Tokens and what has to follow each of them, at most ``max_length``."""
     tokens: list[int] = []
     learnt: list[bool] = []
-    templated = getattr(tokenizer, "chat_template", None)
+    templated, end = getattr(tokenizer, "chat_template", None), tokenizer.eos_token_id
     for index, (text, is_answer) in enumerate(pieces):
         # A chat template writes the special tokens itself.
         own = bool(index == 0 and not (templated and text.startswith(tokenizer.bos_token or "\0")))
         ids = tokenizer(text, add_special_tokens=own)["input_ids"]
-        if own and ids and ids[-1] == tokenizer.eos_token_id:
+        if own and ids and ids[-1] == end:
             ids = ids[:-1]  # of tokenizers that end every text
+        # A chat template may write the end itself, and a line break after it, which is no part of the answer.
+        said = ids.index(end) + 1 if end in ids else len(ids)
         tokens += ids
-        learnt += [is_answer] * len(ids)
-    end = tokenizer.eos_token_id
-    # A chat template may have written the end itself, and a line break after it.
-    if end is not None and learnt and learnt[-1] and end not in tokens[-2:]:
+        learnt += [is_answer and position < said for position in range(len(ids))]
+    if end is not None and learnt and learnt[-1] and tokens[-1] != end:
         tokens.append(end)
         learnt.append(True)
     inputs = tokens[:-1][:max_length]

@@ -34,7 +34,8 @@ def save_model(directory, architecture="llama", chat=None):
     if architecture == "llama":
         config = LlamaConfig(
             vocab_size=len(own), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.2, **special,
+            num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.2,
+            **special,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
     else:
