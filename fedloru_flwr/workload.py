@@ -24,7 +24,7 @@ from fedloru_flwr.data import (
 )
 from fedloru_flwr.lowrank import AccumulationSchedule, LearningRateSchedule
 from fedloru_flwr.models import FromAdapter, NetworkFactory
-from fedloru_flwr.models.pretrained import PretrainedFactory, head, linear_layers
+from fedloru_flwr.models.pretrained import PretrainedFactory, head, linear_layers, read_configuration
 from fedloru_flwr.registry import ALGORITHMS
 
 
@@ -59,6 +59,8 @@ def data_config(config: RunConfig) -> DataConfig:
 
 def server_data(config: RunConfig) -> tuple[Samples | None, DataSpec]:
     """The central held-out samples, None where only clients have data, and what a network has to fit."""
+    if config.pretrained:
+        read_configuration(config.pretrained)  # before its tokenizer, that a missing model is told as one
     if config.dataset == "clients" and config.pretrained:
         return None, DataSpec((config.max_length,), config.num_classes)
     if config.dataset == "clients":
