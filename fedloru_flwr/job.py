@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
 import torch
 from flwr.serverapp import Grid
@@ -17,6 +17,7 @@ from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import Samples, notes, partition_indices
 from fedloru_flwr.engines.in_process import VirtualGrid
 from fedloru_flwr.environment import SUPERNODES
+from fedloru_flwr.models.quantised import Quantised, check_installed
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_table
 from fedloru_flwr.strategies import FederatedStrategy
@@ -40,6 +41,8 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: `ConfigError`, `DataError`, `PlanError` or `OutputError`, each naming the setting.
     """
+    if config.base_precision in get_args(Quantised) and config.dataset != "clients":
+        check_installed(config.base_precision)
     _, spec = server_data(config)
     check_init_adapter(config)
     build_strategy(config, network_factory(config, spec))  # it refuses what the method cannot do

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedloru_flwr.lowrank import derive_seed, seeded, uniform
+from fedloru_flwr.models.quantised import Quantised
 
 PretrainedTask = Literal["causal-lm", "classification"]
 BasePrecision = Literal["float32", "bfloat16", "int8", "nf4"]
@@ -61,6 +62,11 @@ class PretrainedFactory:
             raise ValueError(f"base-precision = {self.precision!r} is not one of {', '.join(get_args(BasePrecision))}")
         if self.task == "classification" and self.num_labels < 2:
             raise ValueError(f"a classifier needs at least 2 classes, got {self.num_labels}")
+
+    @property
+    def quantised(self) -> Quantised | None:
+        """In how few bits the clients hold the frozen weights; None for as they are built."""
+        return self.precision if self.precision in ("int8", "nf4") else None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,14 +26,14 @@ def tokenizer(chat=None):
     return made
 
 
-def save_model(directory, architecture="llama", chat=None):
+def save_model(directory, architecture="llama", chat=None, width=32):
     """A model and its tokenizer, as ``save_pretrained`` leaves them."""
     own = tokenizer(chat)
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(0)
     if architecture == "llama":
         config = LlamaConfig(
-            vocab_size=len(own), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=len(own), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.2,
             **special,
         )  # fmt: skip

@@ -198,6 +198,7 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
 CONF = sorted((Path(__file__).parents[2] / "conf").glob("llm-*.toml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.name)
 def test_the_settings_for_large_models_run_on_a_tiny_one(path, settings, chatty, tmp_path):
     given = read_config_file(path)
