@@ -33,10 +33,17 @@ def save_model(directory, architecture="llama", chat=None, width=32):
     torch.manual_seed(0)
     if architecture == "llama":
         config = LlamaConfig(
-            vocab_size=len(own), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.2,
+            vocab_size=len(own),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+            initializer_range=0.2,
             **special,
-        )  # fmt: skip
+        )
         model = LlamaForCausalLM(config)
     else:
         config = GPT2Config(vocab_size=len(own), n_embd=32, n_layer=2, n_head=4, n_positions=256, **special)

@@ -226,3 +226,17 @@ def test_the_settings_for_large_models_run_on_a_tiny_one(path, settings, chatty,
         pytest.importorskip("bitsandbytes")
     found = perplexities(run(given, **tiny))
     assert found[-1] < found[0]
+
+
+@pytest.mark.slow
+def test_a_run_on_flower_is_the_run_in_process(settings):
+    own = perplexities(run(settings))
+    summary = launch.run(
+        None,
+        {**settings, "run-name": "flower"},
+        engine="flower",
+        num_actors=1,
+        num_supernodes=2,
+        on_line=lambda _: None,
+    )
+    assert perplexities(RunDirectory.open(summary["run_dir"])) == own
