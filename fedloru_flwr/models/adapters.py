@@ -264,8 +264,11 @@ class AdaptedModel:
             if local != "weight" or not owner or plain is head or type(plain) is not nn.Linear:
                 continue
             held = quantised_linear(plain, kind)
-            parent, _, child = owner.rpartition(".")
-            setattr(*((self.module.get_submodule(parent), child) if adapted is None else (adapted, "base_layer")), held)
+            if adapted is not None:
+                adapted.base_layer = held
+            else:
+                parent, _, child = owner.rpartition(".")
+                setattr(self.module.get_submodule(parent), child, held)
             self._quantised[name] = (held, kind)
             self._hold_quantised(name, held, held.weight)
         if not self._quantised:
