@@ -15,12 +15,12 @@ from fedloru_flwr.clients.identity import client_identity
 from fedloru_flwr.clients.mods import session_mod
 from fedloru_flwr.clients.session import LowRankSession
 from fedloru_flwr.clients.together import Request, Together
-from fedloru_flwr.clients.training import choose_device, evaluate, train_locally
+from fedloru_flwr.clients.training import choose_device
 from fedloru_flwr.config import RunConfig
 from fedloru_flwr.data import ClientData, DataSpec
 from fedloru_flwr.engines.in_process import answers, client_context, handle
 from fedloru_flwr.packets import ACTION, Packet, pack_replies, unpack_orders
-from fedloru_flwr.workload import client_data, data_config, local_optimisation, network_factory
+from fedloru_flwr.workload import client_data, data_config, local_optimisation, local_work, network_factory
 
 app = ClientApp()
 
@@ -44,16 +44,18 @@ def train(message: Message, context: Context) -> Message:
     if (reply := _as_batch_of_one(message, context)) is not None:
         return reply
     config, data, session = _begin(message, context)
+    work = local_work(config)
     how, device = local_optimisation(config, session.server_round), choose_device(config.device)
     generator = torch.Generator().manual_seed(session.seed)
     received = {}
     if config.evaluate_in_training:
         prefix, model = session.received()
         received = {
-            f"{wire.RECEIVED}{prefix}{name}": value for name, value in evaluate(model, data.held_out, device).items()
+            f"{wire.RECEIVED}{prefix}{name}": value
+            for name, value in work.evaluate(model, data.held_out, device).items()
         }
     losses = [
-        train_locally(session.model, data.train, replace(how, epochs=epochs), generator, device)
+        work.train(session.model, data.train, replace(how, epochs=epochs), generator, device)
         for epochs in session.phases(how.epochs)
     ]
     return session.reply({"train_loss": losses[0], **received, wire.NUM_EXAMPLES: len(data.train)})
@@ -65,10 +67,11 @@ def evaluate_held_out(message: Message, context: Context) -> Message:
     if (reply := _as_batch_of_one(message, context)) is not None:
         return reply
     config, data, session = _begin(message, context)
+    work = local_work(config)
     metrics = {
         f"{prefix}{name}": value
         for prefix, model in session.models()
-        for name, value in evaluate(model, data.held_out, choose_device(config.device)).items()
+        for name, value in work.evaluate(model, data.held_out, choose_device(config.device)).items()
     }
     return session.reply({**metrics, wire.NUM_EXAMPLES: len(data.held_out)})
 
@@ -85,7 +88,7 @@ def train_or_evaluate_together(requests: list[tuple[Message, Context]]) -> list[
     if len(kinds) != 1 or not kinds <= {"train", "evaluate"}:
         return [None] * len(requests)
     config = RunConfig.from_mapping(requests[0][1].run_config)
-    if not config.batched or (config.evaluate_in_training and "train" in kinds):
+    if not config.batched or config.pretrained or (config.evaluate_in_training and "train" in kinds):
         return [None] * len(requests)
     torch.set_num_threads(config.threads)
     server_round = wire.template_round(requests[0][0].content)  # the orders are parsed once, by whom they are for

@@ -43,6 +43,13 @@ _FREE_WHEN_CONTINUED = (
 )
 
 
+_NETWORKS = ("cnn", "mlp", "resnet10", "resnet18")
+PRETRAINED = "hf:"  # goes before the name of a model of the transformers library
+# What only models of the transformers library have, or only those that learn to write.
+_OF_PRETRAINED = ("task", "max_length", "accumulate_steps", "gradient_checkpointing", "base_precision")
+_OF_LANGUAGE = ("packing", "prompt_template", "exact_match_samples", "generated_samples", "max_new_tokens")
+
+
 class ConfigError(ValueError):
     """A setting that makes no sense; the message names the key, the value and what is allowed."""
 
@@ -91,8 +98,16 @@ class RunConfig:
     max_grad_norm: float = _setting(5.0, "clip the gradient's norm; 0: do not", low=0)
     rank: int = _setting(4, "rank r of the factors", low=1)
     alpha: float = _setting(8.0, "the update is alpha / rank * B A", above=0)
-    target_modules: str = _setting("auto", "layers to factorise: auto, or names, suffixes and types, by commas")
-    dense_leaves: str = _setting("all", "what else is trained: all, none, or names and prefixes, by commas")
+    target_modules: str = _setting(
+        "auto",
+        "layers to factorise: auto, or names, suffixes and types, by commas; of hf: models, auto takes all linear "
+        "layers but the output layer",
+    )
+    dense_leaves: str = _setting(
+        "auto",
+        "what else is trained: all, none, or names and prefixes, by commas; auto is all, and for hf: models none, or "
+        "the new head of a classifier",
+    )
     adapter: str = _setting("auto", "the factors' family; auto is the method's own", choices=("auto", "lora", "loha"))
     ranks: str = _setting("", 'ranks by share of the clients, such as "4:0.5,16:0.5", or a .toml or .json file')
     accumulate_every: int = _setting(0, "rounds tau between accumulations; 0 is the method's own (FedLoRU: 10)", low=0)
@@ -135,7 +150,35 @@ class RunConfig:
     glyph_size: int = _setting(28, "for glyphs: pixels a side", low=8)
     glyph_noise: float = _setting(0.06, "for glyphs: standard deviation of the noise on pixels in [0, 1]", low=0)
     glyph_seed: int = _setting(0, "for glyphs: of their generation; seed does not change them", low=0)
-    model: str = _setting("cnn", "the network", choices=("cnn", "mlp", "resnet10", "resnet18"))
+    model: str = _setting(
+        "cnn", f"the network: {', '.join(_NETWORKS)}, or hf:<name on the hub, or directory> of the transformers library"
+    )
+    task: str = _setting(
+        "auto",
+        "what an hf: model learns; auto is causal-lm for those, classification for all others",
+        choices=("auto", "causal-lm", "classification"),
+    )
+    max_length: int = _setting(512, "hf: tokens a sample at most; longer ones are cut", low=2)
+    packing: bool = _setting(False, "causal-lm: several rows in one training sample, up to max-length tokens")
+    prompt_template: str = _setting(
+        "auto",
+        "causal-lm: auto (the tokenizer's chat template, or else alpaca), alpaca, or a text with {instruction} and "
+        "{input}",
+    )
+    accumulate_steps: int = _setting(1, "hf: batches of batch-size whose gradients make one step", low=1)
+    gradient_checkpointing: bool = _setting(False, "hf: compute activations again instead of keeping them")
+    base_precision: str = _setting(
+        "float32",
+        "hf: number format of the frozen weights; int8 and nf4 need accumulate-into = stack",
+        choices=("float32", "bfloat16", "int8", "nf4"),
+    )
+    exact_match_samples: int = _setting(
+        0, "causal-lm: held-out samples whose answer is generated and compared, in each evaluation; 0: none", low=0
+    )
+    generated_samples: int = _setting(
+        3, "causal-lm: held-out prompts answered before and after training, in samples.jsonl", low=0
+    )
+    max_new_tokens: int = _setting(64, "causal-lm: tokens generated at most", low=1)
     model_width: int = _setting(0, "channels of the first stage; 0 is the network's default", low=0)
     hidden: str = _setting("256,256", "widths of the multilayer perceptron's hidden layers")
     norm: str = _setting("group", "the ResNets' normalisation", choices=("group", "batch"))
@@ -211,6 +254,16 @@ class RunConfig:
                 raise ConfigError(f"track = {self.track!r}: {name!r} is not one of {known}")
         return names
 
+    @property
+    def pretrained(self) -> str:
+        """The name or directory of the transformers model; empty for a built-in network."""
+        return self.model.removeprefix(PRETRAINED) if self.model.startswith(PRETRAINED) else ""
+
+    @property
+    def writes(self) -> bool:
+        """Whether a causal language model is trained."""
+        return bool(self.pretrained) and self.task != "classification"
+
     def changed_from(self, settings: Mapping[str, object]) -> dict[str, tuple[object, object]]:
         """The settings that would change the result of a run begun with ``settings``: key, then was and is.
 
@@ -244,8 +297,64 @@ class RunConfig:
                     f"{max(shared, 0)} and {personal}: raise local-epochs (to 3 at least) or global-epochs"
                 )
 
+    def _check_model(self) -> None:
+        """Refuse an unknown model, and settings that the kind of model would ignore or cannot go with."""
+        if not self.pretrained:
+            if self.model not in _NETWORKS:
+                allowed = f"{', '.join(_NETWORKS)} or {PRETRAINED}<name or directory>"
+                hint = did_you_mean(self.model, _NETWORKS)
+                raise ConfigError(f"model = {self.model!r} is not one of {allowed}{hint}")
+            if self.task == "classification":
+                self._refuse_others(_OF_PRETRAINED[1:] + _OF_LANGUAGE, f"model = {self.model!r}", "hf: models")
+                return
+            self._refuse_others(_OF_PRETRAINED + _OF_LANGUAGE, f"model = {self.model!r}", "hf: models")
+            return
+        if not self.writes:
+            self._refuse_others(_OF_LANGUAGE, "task = 'classification'", "task = 'causal-lm'")
+        if self.dataset in ("digits", "glyphs"):
+            raise ConfigError(
+                f"dataset = {self.dataset!r} has images, model = {self.model!r} reads text: use dataset = 'local' with "
+                "data-path, hub:<name>, or clients"
+            )
+        if self.accumulate_steps > 1 and (self.proximal_mu or self.scaffold):
+            raise ConfigError(
+                f"accumulate-steps = {self.accumulate_steps} does not go with proximal-mu or scaffold, which correct "
+                "every gradient as it is computed, not every step: use accumulate-steps = 1 and a larger batch-size"
+            )
+        if "{instruction}" not in self.prompt_template and self.prompt_template not in ("auto", "alpaca"):
+            raise ConfigError(
+                f"prompt-template = {self.prompt_template!r} must be auto, alpaca, or a text with {{instruction}} in it"
+            )
+        if self.base_precision in ("int8", "nf4"):
+            self._check_quantised()
+
+    def _check_quantised(self) -> None:
+        """Refuse what a base in integers cannot do."""
+        told = f"base-precision = {self.base_precision!r}"
+        if self.accumulate_into != "stack" and ALGORITHMS[self.algorithm].factorised:
+            raise ConfigError(
+                f"{told} needs accumulate-into = 'stack', got {self.accumulate_into!r}: a product added to quantised "
+                "weights would be rounded away; stacked, the past stays exact beside them"
+            )
+        if not ALGORITHMS[self.algorithm].factorised:
+            raise ConfigError(
+                f"{told} does not go with algorithm = {self.algorithm!r}, which trains the weights themselves: use a "
+                "method of factors, such as fedloru, or base-precision = 'bfloat16'"
+            )
+
+    def _refuse_others(self, names: tuple[str, ...], what: str, takers: str) -> None:
+        """Refuse settings that mean nothing here."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name_to_key(name)} = {getattr(self, name)!r} means nothing to {what}, only to {takers}: leave "
+                    "it out"
+                )
+
     def _check_together(self) -> None:
         self._check_method()
+        self._check_model()
         _ = self.accumulation_rounds, self.hidden_widths, self.sample_shape, self.trackers
         if not self.output_dir.strip():
             raise ConfigError("output-dir is empty: name a directory, '.' for the one at hand")
@@ -259,7 +368,10 @@ class RunConfig:
                 f"accumulate-at = {self.accumulate_at!r} lists round {late[0]}, but the run has num-server-rounds = "
                 f"{self.num_server_rounds}"
             )
-        if self.dataset == "clients" and not (self.sample_shape and self.num_classes):
+        if self.dataset == "clients" and self.pretrained:
+            if not self.writes and not self.num_classes:
+                raise ConfigError("dataset = 'clients' leaves the server without data: give num-classes")
+        elif self.dataset == "clients" and not (self.sample_shape and self.num_classes):
             raise ConfigError(
                 "dataset = 'clients' leaves the server without data: give input-shape and num-classes, so that it can "
                 "build the model"

@@ -4,23 +4,33 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
+import torch
 from flwr.serverapp import Grid
 from rich.console import Console
 from torch import nn
 
-from fedloru_flwr.clients.training import choose_device, evaluate
+from fedloru_flwr.clients.language import LanguageWork
+from fedloru_flwr.clients.training import choose_device
 from fedloru_flwr.config import ConfigError, RunConfig
-from fedloru_flwr.data import Samples, partition_indices
+from fedloru_flwr.data import Samples, notes, partition_indices
 from fedloru_flwr.engines.in_process import VirtualGrid
 from fedloru_flwr.environment import SUPERNODES
+from fedloru_flwr.models.quantised import Quantised, check_installed
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.runs import OutputError, RoundProgress, RunDirectory, closing_table, make_trackers
 from fedloru_flwr.strategies import FederatedStrategy
 from fedloru_flwr.strategies.federated import CommonOptions, ModelSource
 from fedloru_flwr.strategies.inner import server_optimizer
-from fedloru_flwr.workload import check_init_adapter, data_config, network_factory, server_data
+from fedloru_flwr.workload import (
+    check_init_adapter,
+    data_config,
+    local_work,
+    network_factory,
+    server_data,
+    settings_for_model,
+)
 
 AfterRound = Callable[[FederatedStrategy], None]
 
@@ -31,6 +41,8 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: `ConfigError`, `DataError`, `PlanError`, `TrackerError` or `OutputError`, each naming the setting.
     """
+    if config.base_precision in get_args(Quantised) and config.dataset != "clients":
+        check_installed(config.base_precision)
     _, spec = server_data(config)
     check_init_adapter(config)
     build_strategy(config, network_factory(config, spec))  # it refuses what the method cannot do
@@ -128,13 +140,28 @@ class Job:
 
         if self.samples is None:
             return self.config.clients_per_batch
+        if self.config.pretrained:
+            return 1
         largest = max(len(part) for part in partition_indices(data_config(self.config)))
         inputs = self.samples.inputs[:1].expand(min(self.config.batch_size, largest), *self.samples.inputs.shape[1:])
         return clients_that_fit(self.factory(), inputs, choose_device(self.config.device))
 
-    def _central(self, _: int, model: nn.Module) -> dict[str, float]:
+    def _central(self, server_round: int, model: nn.Module) -> dict[str, float]:
         assert self.samples is not None
-        return evaluate(model, self.samples, choose_device(self.config.device))
+        config, work, device = self.config, local_work(self.config), choose_device(self.config.device)
+        found = work.evaluate(model, self.samples, device)
+        if isinstance(work, LanguageWork) and server_round in (0, config.num_server_rounds):
+            self._write_answers(server_round, work, model, device)
+        return found
+
+    def _write_answers(self, server_round: int, work: LanguageWork, model: nn.Module, device: torch.device) -> None:
+        """Have the model answer held-out prompts before and after training, for people."""
+        config = self.config
+        if work.task != "causal-lm" or not config.generated_samples:
+            return
+        assert self.samples is not None
+        rows = work.answers(model, self.samples, config.generated_samples, config.max_new_tokens, device)
+        self.directory.write_answers(server_round, rows)
 
 
 def run_options(config: RunConfig) -> CommonOptions:
@@ -173,6 +200,7 @@ def build_strategy(config: RunConfig, model: ModelSource, **common: Unpack[Commo
         config.server_second_momentum,
         config.server_adaptivity,
     )
+    config = settings_for_model(config)
     common["inner"] = inner
     common["num_clients"] = config.num_clients
     common["proximal_mu"] = config.proximal_mu
@@ -194,7 +222,10 @@ def _introduce(
     ]
     if plan.layers:
         lines.append(f"rank {config.rank} factors for: {', '.join(layer.name for layer in plan.layers)}")
-    lines += [f"  {note}" for note in plan.notes]
+    if not config.pretrained:  # a pretrained model leaves what is not named as it is
+        lines += [f"  {note}" for note in plan.notes]
+    elif config.dataset != "clients":
+        lines += [f"  {note}" for note in notes(data_config(config))]
     if done:
         lines.append(f"continuing after round {done}")
     lines.append(f"run directory: {directory.path}")

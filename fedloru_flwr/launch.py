@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from fedloru_flwr.config import ConfigError, RunConfig, read_config_file
+from fedloru_flwr.config import PRETRAINED, ConfigError, RunConfig, read_config_file
 from fedloru_flwr.engines.ray_ahead import ray_ahead
 from fedloru_flwr.engines.workers import Workers
 from fedloru_flwr.environment import DATA, STORE, SUPERNODES
@@ -143,6 +143,8 @@ def _resolve(config: RunConfig) -> RunConfig:
     settings["output-dir"] = str(output_dir)
     if config.data_path:
         settings["data-path"] = str(Path(config.data_path).expanduser().absolute())
+    if config.pretrained and Path(config.pretrained).expanduser().is_dir():
+        settings["model"] = f"{PRETRAINED}{Path(config.pretrained).expanduser().absolute()}"
     if config.init_adapter:
         settings["init-adapter"] = str(Path(config.init_adapter).expanduser().absolute())
     if config.resume not in ("", "auto"):

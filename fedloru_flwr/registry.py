@@ -60,7 +60,7 @@ class Algorithm:
                 "adapter": None if config.adapter == "auto" else config.adapter,
                 "ranks": config.ranks,
                 "target_modules": config.target_modules,
-                "dense_leaves": config.dense_leaves,
+                "dense_leaves": "all" if config.dense_leaves == "auto" else config.dense_leaves,
             }
         own |= {name: getattr(config, name) for name in self.own}
         return self.strategy(model, **own, **common)

@@ -1,13 +1,15 @@
 """From settings to data and network, the same on the server and on every client."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from flwr.app import Context
 from torch import nn
 
-from fedloru_flwr.clients.training import LocalOptimisation
+from fedloru_flwr.clients.language import LanguageWork
+from fedloru_flwr.clients.training import ClassifierWork, LocalOptimisation
 from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import (
     ClientData,
@@ -22,6 +24,7 @@ from fedloru_flwr.data import (
 )
 from fedloru_flwr.lowrank import AccumulationSchedule, LearningRateSchedule
 from fedloru_flwr.models import FromAdapter, NetworkFactory
+from fedloru_flwr.models.pretrained import PretrainedFactory, head, linear_layers, read_configuration
 from fedloru_flwr.registry import ALGORITHMS
 
 
@@ -45,12 +48,21 @@ def data_config(config: RunConfig) -> DataConfig:
         glyph_size=config.glyph_size,
         glyph_noise=config.glyph_noise,
         glyph_seed=config.glyph_seed,
+        text="" if not config.pretrained else "causal-lm" if config.writes else "classification",
+        tokenizer=config.pretrained,
+        max_length=config.max_length,
+        packing=config.packing,
+        prompt_template=config.prompt_template,
         seed=config.seed,
     )
 
 
 def server_data(config: RunConfig) -> tuple[Samples | None, DataSpec]:
     """The central held-out samples, None where only clients have data, and what a network has to fit."""
+    if config.pretrained:
+        read_configuration(config.pretrained)  # before its tokenizer, that a missing model is told as one
+    if config.dataset == "clients" and config.pretrained:
+        return None, DataSpec((config.max_length,), config.num_classes)
     if config.dataset == "clients":
         return None, DataSpec(config.sample_shape, config.num_classes)
     validate(data_config(config))
@@ -105,12 +117,21 @@ def check_init_adapter(config: RunConfig) -> None:
         )
 
 
-def plain_network(config: RunConfig, spec: DataSpec) -> NetworkFactory:
+def plain_network(config: RunConfig, spec: DataSpec) -> NetworkFactory | PretrainedFactory:
     """The network that fits the data, before any adapter.
 
     Raises:
-        ConfigError: if it cannot take the data's samples.
+        ConfigError: if it cannot take the data's samples, or cannot be had.
     """
+    if config.pretrained:
+        factory = pretrained_factory(config, spec.num_classes)
+        longest = getattr(factory.configuration(), "max_position_embeddings", None)
+        if isinstance(longest, int) and config.max_length > longest:
+            raise ConfigError(
+                f"max-length = {config.max_length} is more than the {longest} tokens that model = {config.model!r} can "
+                "take: lower it"
+            )
+        return factory
     try:
         return NetworkFactory(
             name=config.model,
@@ -123,6 +144,50 @@ def plain_network(config: RunConfig, spec: DataSpec) -> NetworkFactory:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def pretrained_factory(config: RunConfig, num_classes: int) -> PretrainedFactory:
+    """The transformers model of ``model = "hf:..."``."""
+    is_language_model = config.writes
+    return PretrainedFactory(
+        name=config.pretrained,
+        task="causal-lm" if is_language_model else "classification",
+        num_labels=0 if is_language_model else num_classes,
+        precision=cast("Any", config.base_precision),
+        seed=config.seed,
+    )
+
+
+def settings_for_model(config: RunConfig) -> RunConfig:
+    """The settings with what ``auto`` means for their model: the layers to factorise and the dense leaves.
+
+    Of a built-in network the plan chooses the layers, and everything else is trained as it is. Of a transformers model
+    all linear layers but the output layer are factorised, and nothing else is trained but the head of a classifier.
+    """
+    targets, dense = config.target_modules, config.dense_leaves
+    if config.pretrained:
+        factory = pretrained_factory(config, max(config.num_classes, 2))  # their number changes no name
+        if targets == "auto":
+            targets = ",".join(linear_layers(factory)) or targets
+        if dense == "auto":
+            dense = "none" if config.writes else ",".join(head(factory))
+    elif dense == "auto":
+        dense = "all"
+    return replace(config, target_modules=targets, dense_leaves=dense)
+
+
+def local_work(config: RunConfig) -> ClassifierWork | LanguageWork:
+    """How clients train and evaluate their model."""
+    if not config.pretrained:
+        return ClassifierWork()
+    return LanguageWork(
+        task="causal-lm" if config.writes else "classification",
+        name=config.pretrained,
+        batch_size=config.batch_size,
+        accumulate_steps=config.accumulate_steps,
+        gradient_checkpointing=config.gradient_checkpointing,
+        exact_match_samples=config.exact_match_samples,
+    )
 
 
 def accumulation_schedule(config: RunConfig) -> AccumulationSchedule:

@@ -160,7 +160,7 @@ def test_a_run_whose_clients_all_fail_stops_with_status_1_and_its_state_saved(tm
     # A held-out test set with 10 classes, but clients that are told of 3: every client refuses its labels.
     settings = f"{SMALL} run-name=failing batched=false"
     script = (
-        "import fedloru_flwr.client_app as c, fedloru_flwr.cli as cli\n"
+        "import fedloru_flwr.clients.training as c, fedloru_flwr.cli as cli\n"
         "def broken(*a, **k): raise OSError('no disk')\n"
         "c.train_locally = broken\n"
         f"import sys; sys.argv = ['fedloru', 'run', '--engine', 'in-process', '-c', {settings!r}]\n"

@@ -15,7 +15,8 @@ from fedloru_flwr.data import sources
 from fedloru_flwr.rank.spec import read_rank_spec
 
 CONF = Path(__file__).parent.parent / "conf"
-RUNS = sorted(CONF.glob("digits-*.toml"))
+LANGUAGE = sorted(CONF.glob("llm-*.toml"))
+RUNS = [*sorted(CONF.glob("digits-*.toml")), *LANGUAGE]
 ANALYSES = sorted(CONF.glob("rank-*.toml"))
 COMPARISONS = sorted(path for path in CONF.rglob("*.toml") if path not in (*RUNS, *ANALYSES))
 PAPER = sorted((CONF / "paper").glob("*.toml"))

@@ -73,6 +73,8 @@ class _HostedModel:
         averaged = set(plan.statistics)
         self._counters = {name: b.clone() for name, b in module.named_buffers() if name not in averaged}
         self.own_root = digest_tensors(self.adapted.read_base())
+        if kind := getattr(self._factory, "quantised", None):  # after the digest: it is of what the server has too
+            self.adapted.quantise(kind)
         self.lineage = self.base_lineage = self.own_root
         self.corrections: _Corrections | None = None
         self.mark()

@@ -74,6 +74,14 @@ def batches(count: int, batch_size: int, generator: torch.Generator, *, no_singl
     yield from chunks
 
 
+def make_optimizer(parameters: list[nn.Parameter], how: LocalOptimisation) -> torch.optim.Optimizer:
+    """The client's optimiser of these parameters, in its first state."""
+    if how.optimizer == "adamw":
+        betas = (how.momentum, 0.999)
+        return torch.optim.AdamW(parameters, how.learning_rate, betas=betas, weight_decay=how.weight_decay)
+    return torch.optim.SGD(parameters, how.learning_rate, momentum=how.momentum, weight_decay=how.weight_decay)
+
+
 def train_locally(
     model: nn.Module, samples: Samples, how: LocalOptimisation, generator: torch.Generator, device: torch.device
 ) -> float:
@@ -89,12 +97,7 @@ def train_locally(
     model.to(device).train()
     inputs, labels = samples.inputs.to(device), samples.labels.to(device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer: torch.optim.Optimizer
-    if how.optimizer == "adamw":
-        betas = (how.momentum, 0.999)
-        optimizer = torch.optim.AdamW(parameters, how.learning_rate, betas=betas, weight_decay=how.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(parameters, how.learning_rate, momentum=how.momentum, weight_decay=how.weight_decay)
+    optimizer = make_optimizer(parameters, how)
     no_single = has_batch_norm(model)
     if no_single and len(samples) == 1:
         _hold_batch_norm(model)
@@ -112,6 +115,28 @@ def train_locally(
             optimizer.step()
             total += loss.detach() * len(indices)
     return float(total) / len(samples)
+
+
+@dataclass(frozen=True)
+class ClassifierWork:
+    """What a client does with a classifier of the package's own; others have the same methods."""
+
+    measures = ("accuracy", "loss")
+
+    def train(
+        self,
+        model: nn.Module,
+        samples: Samples,
+        how: LocalOptimisation,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> float:
+        """See `train_locally`."""
+        return train_locally(model, samples, how, generator, device)
+
+    def evaluate(self, model: nn.Module, samples: Samples, device: torch.device) -> dict[str, float]:
+        """See `evaluate`."""
+        return evaluate(model, samples, device)
 
 
 def _hold_batch_norm(model: nn.Module) -> None:

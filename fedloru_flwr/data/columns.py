@@ -34,7 +34,7 @@ def read_splits(tables: dict[str, Table], config: DataConfig, origin: str, group
     for name, table in tables.items():
         _check_table(table, f"the {name} split of {origin}")
     train = tables["train"]
-    label = _choose_label(train, config, origin)
+    label = choose_label(train, config, origin)
     inputs = _choose_inputs(train, label, config, origin)
     splits = {}
     for name, table in tables.items():
@@ -43,9 +43,9 @@ def read_splits(tables: dict[str, Table], config: DataConfig, origin: str, group
             _require(table, key, column, where)
         splits[name] = Split(
             inputs=_read_inputs(table, inputs, where),
-            labels=_read_labels(table, label, where),
-            class_names=_declared_names(table, label),
-            groups=_read_groups(table, config, where) if grouped and table is train else (),
+            labels=read_labels(table, label, where),
+            class_names=declared_names(table, label),
+            groups=read_groups(table, config, where) if grouped and table is train else (),
         )
     return splits
 
@@ -64,7 +64,12 @@ def _require(table: Table, key: str, column: str, where: str, value: str = "") -
         raise fault(key, value or column, f"{where} has no column of that name", remedy)
 
 
-def _choose_label(table: Table, config: DataConfig, origin: str) -> str:
+def choose_label(table: Table, config: DataConfig, origin: str) -> str:
+    """The column to predict.
+
+    Raises:
+        DataError: there is no such column, or several could be meant.
+    """
     asked = config.label_column
     if asked == LABEL_COLUMNS[0] and asked not in table.column_names:
         usual = [name for name in LABEL_COLUMNS if name in table.column_names]
@@ -191,7 +196,12 @@ def _read_image(stored: dict[str, Any] | None, name: str, where: str) -> np.ndar
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _read_labels(table: Table, column: str, where: str) -> list[Label]:
+def read_labels(table: Table, column: str, where: str) -> list[Label]:
+    """The labels of every row.
+
+    Raises:
+        DataError: a row has none, or what names no class.
+    """
     values = table[column].to_pylist()
     for row, value in enumerate(values):
         if value is None or value == "" or value != value:  # NaN
@@ -203,14 +213,19 @@ def _read_labels(table: Table, column: str, where: str) -> list[Label]:
     return [value if isinstance(value, str) else int(value) for value in values]
 
 
-def _declared_names(table: Table, column: str) -> tuple[str, ...]:
+def declared_names(table: Table, column: str) -> tuple[str, ...]:
     """Return the class names that `datasets` keeps in a table's metadata, or none."""
     kept = (table.schema.metadata or {}).get(b"huggingface", b"{}")
     feature = json.loads(kept).get("info", {}).get("features", {}).get(column, {})
     return tuple(feature.get("names", ())) if isinstance(feature, dict) else ()
 
 
-def _read_groups(table: Table, config: DataConfig, where: str) -> tuple[Label, ...]:
+def read_groups(table: Table, config: DataConfig, where: str) -> tuple[Label, ...]:
+    """The partition column's value of every row; empty where ``config`` names no such column.
+
+    Raises:
+        DataError: there is no such column, or it holds other things than text and integers.
+    """
     column = config.partition_column
     if not column:
         return ()

@@ -31,13 +31,13 @@ def keep(config: DataConfig, source: Source, parts: tuple[np.ndarray, ...], path
     }
     if sum(tensor.nbytes for tensor in tensors.values()) > _MAX_BYTES:
         return
-    about = {"config": _digest(config), "spec": json.dumps(asdict(source.spec))}
+    about = {"config": _digest(config), "spec": json.dumps(asdict(source.spec)), "notes": json.dumps(source.notes)}
     with contextlib.suppress(OSError):
         atomic.write_tensors(path, tensors, about, durable=False)
 
 
 def kept(config: DataConfig) -> tuple[Source, tuple[np.ndarray, ...]] | None:
-    """The source, without groups, and each client's indices, if the file of this process's run holds them."""
+    """The source, without groups and kinds, and each client's indices, if the file of this process's run holds them."""
     path = os.environ.get(DATA)
     return _read(path, config) if path else None
 
@@ -60,7 +60,8 @@ def _read(path: str, config: DataConfig) -> tuple[Source, tuple[np.ndarray, ...]
     parts = np.split(tensors["parts"].numpy(), tensors["ends"][:-1].tolist())
     for part in parts:
         part.setflags(write=False)
-    return Source(train, Stored(tensors["test_inputs"], tensors["test_labels"]), spec, ()), tuple(parts)
+    test, notes = Stored(tensors["test_inputs"], tensors["test_labels"]), tuple(json.loads(metadata["notes"]))
+    return Source(train, test, spec, (), notes=notes), tuple(parts)
 
 
 def _digest(config: DataConfig) -> str:

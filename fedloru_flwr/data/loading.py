@@ -11,7 +11,7 @@ import numpy as np
 from fedloru_flwr.data.kept import keep, kept
 from fedloru_flwr.data.partitioning import partition
 from fedloru_flwr.data.samples import ClientData, DataConfig, DataSpec, Samples, check, fault, generator
-from fedloru_flwr.data.sources import Source, encode, load_source, read_own
+from fedloru_flwr.data.sources import Source, encode, load_source, read_own, read_own_sequences
 
 
 def validate(config: DataConfig) -> None:
@@ -23,7 +23,7 @@ def validate(config: DataConfig) -> None:
     """
     partition_indices(config)
     source = _source(config)
-    if bool((source.train.labels == source.train.labels[0]).all()):
+    if config.text != "causal-lm" and bool((source.train.labels == source.train.labels[0]).all()):
         problem = f"all {len(source.train.labels)} training samples have the same label"
         raise fault("label-column", config.label_column, problem, "Give samples of two classes or more")
 
@@ -37,6 +37,11 @@ def load_central(config: DataConfig) -> tuple[Samples, DataSpec]:
     check(config)
     source = _source(config)
     return source.test.samples(), source.spec
+
+
+def notes(config: DataConfig) -> tuple[str, ...]:
+    """What was left out of the data, for people."""
+    return _source(config).notes
 
 
 def share(config: DataConfig, path: Path) -> None:
@@ -105,7 +110,7 @@ def _partition(config: DataConfig) -> tuple[np.ndarray, ...]:
     if (found := kept(config)) is not None:
         return found[1]
     source = load_source(config)
-    parts = partition(source.train.labels.numpy(), source.groups, config)
+    parts = partition(source.classes(config).numpy(), source.groups, config)
     for part in parts:
         part.setflags(write=False)
     return tuple(parts)
@@ -153,11 +158,23 @@ _clients = _Clients()
 
 @lru_cache(maxsize=2)
 def _own(path: str, config: DataConfig) -> tuple[ClientData, DataSpec]:
+    if config.text == "causal-lm":
+        return _own_sequences(path, config)
     splits = read_own(path, config)
     if not (config.classes or config.num_classes or splits["train"].class_names):
         problem = "the order of the classes cannot be told from the samples of one client"
         raise fault("num-classes", 0, problem, "Set num-classes for integer labels, or classes for names")
     stored, spec = encode(splits, config)
+    train = stored["train"].samples()
+    if "test" in stored:
+        return ClientData(train, stored["test"].samples()), spec
+    if len(train) < 2:
+        raise fault("data-path", path, "it has a single sample", "Give one to train on and one to hold out")
+    return _hold_out(train, config, generator("own", config.seed)), spec
+
+
+def _own_sequences(path: str, config: DataConfig) -> tuple[ClientData, DataSpec]:
+    stored, spec = read_own_sequences(path, config), DataSpec((config.max_length,), 0)
     train = stored["train"].samples()
     if "test" in stored:
         return ClientData(train, stored["test"].samples()), spec

@@ -14,6 +14,8 @@ SOURCES = ("digits", "local", "hub:<name>", "glyphs")
 GLYPH_CLASSES = 62
 GLYPH_COLUMNS = ("font", "style", "font-style")
 
+IGNORED = -100  # the label of a token that has to be followed by none in particular; as in torch's cross-entropy
+
 Label: TypeAlias = int | str
 
 
@@ -26,8 +28,9 @@ class Samples:
     """Labelled samples, in a fixed order. They may be shared by several callers: do not write to them.
 
     Attributes:
-        inputs: float32, shape ``(n, *input_shape)``.
-        labels: int64, shape ``(n,)``, each in ``0..num_classes-1``.
+        inputs: float32, shape ``(n, *input_shape)``; of texts int64, the numbers of tokens, ``(n, length)``.
+        labels: int64, shape ``(n,)``, each in ``0..num_classes-1``; of a causal language model ``(n, length)``, the
+            token that has to follow, or -100 for any.
     """
 
     inputs: Tensor
@@ -84,6 +87,11 @@ class DataConfig:
         glyph_size: height and width of a glyph's image in pixels, at least 8.
         glyph_noise: standard deviation of the noise on a glyph's pixels, which are in [0, 1].
         glyph_seed: of the glyphs; apart from ``seed``, so that runs over several seeds see one data set.
+        text: ``"causal-lm"`` or ``"classification"`` of texts; empty for everything else.
+        tokenizer: the transformers model whose tokenizer reads the texts.
+        max_length: tokens of a sample at most.
+        packing: whether training samples are made of several rows.
+        prompt_template: see `fedloru_flwr.data.text`.
         seed: of the partitions and of each client's held-out part.
     """
 
@@ -104,6 +112,11 @@ class DataConfig:
     glyph_size: int = 28
     glyph_noise: float = 0.06
     glyph_seed: int = 0
+    text: str = ""
+    tokenizer: str = ""
+    max_length: int = 512
+    packing: bool = False
+    prompt_template: str = "auto"
     seed: int = 0
 
     @property
@@ -123,7 +136,7 @@ class Split:
     """One split of a source as read: inputs as a tensor, labels and groups as the source has them.
 
     Attributes:
-        inputs: shape ``(n, *input_shape)``; uint8 for images, to be divided by 255, else float32.
+        inputs: shape ``(n, *input_shape)``; uint8 for images, to be divided by 255, int64 for texts, else float32.
         labels: ``n`` integers or class names.
         class_names: the names of integer labels 0, 1, ... where the source declares them, else empty.
         groups: ``n`` values of the partition column, or empty.

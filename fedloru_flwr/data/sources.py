@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,24 @@ class Source:
     test: Stored
     spec: DataSpec
     groups: tuple[Label, ...]  # the partition column of the training part, or empty
+    kinds: Tensor | None = None  # (n,), int64: classes that texts to learn to write are of, where a column says so
+    notes: tuple[str, ...] = ()  # what was left out, for people
+
+    def classes(self, config: DataConfig) -> Tensor:
+        """The class of each training sample, int64, shape ``(n,)``, for a partitioner to go by.
+
+        Raises:
+            DataError: there are none, and the partitioner needs them.
+        """
+        if self.train.labels.dim() == 1:
+            return self.train.labels
+        if self.kinds is not None:
+            return self.kinds
+        if config.partitioner in ("dirichlet", "shards"):
+            problem = f"it deals out classes, and the rows have no column {config.label_column!r} that could say them"
+            remedy = "Set label-column to a column of kinds of rows, or use iid or column:<name>"
+            raise fault("partitioner", config.partitioner, problem, remedy)
+        return torch.zeros(len(self.train.labels), dtype=torch.int64)
 
 
 def load_source(config: DataConfig) -> Source:
@@ -73,6 +92,8 @@ def load_source(config: DataConfig) -> Source:
 
 @lru_cache(maxsize=2)
 def _load_source(config: DataConfig) -> Source:
+    if config.text == "causal-lm":
+        return _load_sequences(config)
     splits = _read(config)
     stored, spec = encode(splits, config)
     train, groups = stored["train"], splits["train"].groups
@@ -86,16 +107,81 @@ def _load_source(config: DataConfig) -> Source:
     return Source(train.take(kept), train.take(held), spec, kept_groups)
 
 
+def _load_sequences(config: DataConfig) -> Source:
+    from fedloru_flwr.data.text import pack, read_sequences
+
+    splits = read_sequences(_tables(config), config, config.data_path or config.dataset)
+    train, test = splits["train"], splits.get("test")
+    notes = tuple(split.note for split in splits.values() if split.note)
+    if test is None:
+        kept, held = stratified_split(_numbered(train.kinds, len(train.labels)), config.test_fraction)
+        if not len(held):
+            problem = f"no kind of the {len(train.labels)} samples can spare one for the central test part"
+            raise fault("test-fraction", config.test_fraction, problem, "Give more samples, or a test split")
+        train, test = train.take(kept.tolist()), train.take(held.tolist())
+    if config.packing:
+        train = pack(train, config)
+    kinds = torch.from_numpy(_numbered(train.kinds, len(train.labels))) if train.kinds else None
+    return Source(
+        train=Stored(train.inputs, train.labels),
+        test=Stored(test.inputs, test.labels),
+        spec=DataSpec((config.max_length,), 0),
+        groups=train.groups,
+        kinds=kinds,
+        notes=notes,
+    )
+
+
+def _numbered(kinds: Sequence[Label], count: int) -> np.ndarray:
+    """The kinds as numbers from 0 in their sorted order; all 0 where there are none."""
+    order = {kind: number for number, kind in enumerate(sorted(set(kinds)))}
+    return np.array([order[kind] for kind in kinds] if kinds else [0] * count, dtype=np.int64)
+
+
+def _tables(config: DataConfig) -> dict[str, Any]:
+    """The Arrow tables of a local or hub source."""
+    from fedloru_flwr.data.tables import hub_tables, local_tables
+
+    if config.dataset == "local":
+        return local_tables(Path(config.data_path))
+    return hub_tables(config.dataset.removeprefix("hub:"))
+
+
+def read_own_sequences(path: str, config: DataConfig) -> dict[str, Stored]:
+    """Read the splits of one client's own file or folder for a causal language model.
+
+    Raises:
+        DataError: it cannot be read, or its rows are of no known form.
+    """
+    from fedloru_flwr.data.tables import local_tables
+    from fedloru_flwr.data.text import pack, read_sequences
+
+    splits = read_sequences(local_tables(Path(path)), config, path, grouped=False)
+    if config.packing:
+        splits["train"] = pack(splits["train"], config)
+    return {name: Stored(split.inputs, split.labels) for name, split in splits.items()}
+
+
 def read_own(path: str, config: DataConfig) -> dict[str, Split]:
     """Read the splits of a file or folder that belongs to one client.
 
     Raises:
         DataError: it cannot be read, or its columns are not what ``config`` says.
     """
-    from fedloru_flwr.data.columns import read_splits
     from fedloru_flwr.data.tables import local_tables
 
-    return read_splits(local_tables(Path(path)), config, path, grouped=False)
+    return _splits(local_tables(Path(path)), config, path, grouped=False)
+
+
+def _splits(tables: dict[str, Any], config: DataConfig, origin: str, *, grouped: bool) -> dict[str, Split]:
+    """The inputs and labels of tables: texts, or everything else."""
+    if config.text:
+        from fedloru_flwr.data.text import read_texts
+
+        return read_texts(tables, config, origin, grouped)
+    from fedloru_flwr.data.columns import read_splits
+
+    return read_splits(tables, config, origin, grouped)
 
 
 def _read(config: DataConfig) -> dict[str, Split]:
@@ -105,12 +191,7 @@ def _read(config: DataConfig) -> dict[str, Split]:
         from fedloru_flwr.data.glyphs import read_glyphs
 
         return {"train": read_glyphs(config)}
-    from fedloru_flwr.data.columns import read_splits
-    from fedloru_flwr.data.tables import hub_tables, local_tables
-
-    if config.dataset == "local":
-        return read_splits(local_tables(Path(config.data_path)), config, config.data_path)
-    return read_splits(hub_tables(config.dataset.removeprefix("hub:")), config, config.dataset)
+    return _splits(_tables(config), config, config.data_path or config.dataset, grouped=True)
 
 
 def _read_digits() -> Split:

@@ -12,6 +12,7 @@ from fedloru_flwr.lowrank import Adapter, Entry, FactorisedLayer, concatenate, f
 from fedloru_flwr.lowrank.factors import HADAMARD_PARTS
 from fedloru_flwr.models.layout import Layout, nested_keys, personal_keys, shapes
 from fedloru_flwr.models.plan import AdapterPlan, exact_pattern, has_fused_transformer
+from fedloru_flwr.models.quantised import QuantisationError, Quantised, quantised_linear, quantised_weight
 
 BaseMarks = dict[str, tuple[int, Tensor]]
 _TRAINED = "default"
@@ -43,6 +44,7 @@ class AdaptedModel:
         self._parameters = dict(module.named_parameters())
         owners = {name: name.rpartition(".") for name in plan.statistics}
         self._owners = {name: (module.get_submodule(owner), local) for name, (owner, _, local) in owners.items()}
+        self._quantised: dict[str, tuple[nn.Module, Quantised]] = {}
         self._seen: set[str] = set()
         self._watches: list[Any] = []
         self._rounded = False
@@ -234,13 +236,60 @@ class AdaptedModel:
     @torch.no_grad()
     def write_base(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the frozen parameters."""
-        _check_like({name: self._parameters[name] for name in self.plan.base}, tensors, "base", ordered=False)
+        mine = {name: self._parameters[name] for name in self.plan.base if name not in self._quantised}
+        others = {name: tensor for name, tensor in tensors.items() if name not in self._quantised}
+        _check_like(mine, others, "base", ordered=False)
+        for name, parameter in mine.items():
+            parameter.copy_(tensors[name])
+        for name, (owner, kind) in self._quantised.items():
+            self._hold_quantised(name, owner, quantised_weight(tensors[name].to(self._parameters[name].device), kind))
+
+    def quantise(self, kind: Quantised) -> None:
+        """Hold the frozen weights of all linear layers but the output layer in few bits from now on.
+
+        What is to be accumulated then has to be stacked.
+
+        Args:
+            kind: ``"int8"`` or ``"nf4"``.
+
+        Raises:
+            QuantisationError: there is no such layer, or bitsandbytes is not installed.
+        """
+        head = getattr(self.module, "get_output_embeddings", lambda: None)()
         for name in self.plan.base:
-            self._parameters[name].copy_(tensors[name])
+            owner, _, local = name.rpartition(".")
+            module = self.module.get_submodule(owner) if owner else self.module
+            adapted = self._layers.get(owner)
+            plain = module if adapted is None else adapted.get_base_layer()
+            if local != "weight" or not owner or plain is head or type(plain) is not nn.Linear:
+                continue
+            held = quantised_linear(plain, kind)
+            if adapted is not None:
+                adapted.base_layer = held
+            else:
+                parent, _, child = owner.rpartition(".")
+                setattr(self.module.get_submodule(parent), child, held)
+            self._quantised[name] = (held, kind)
+            self._hold_quantised(name, held, held.weight)
+        if not self._quantised:
+            raise QuantisationError(
+                f"base-precision = {kind!r}: the model has no frozen layer of torch.nn.Linear; use 'bfloat16'"
+            )
+
+    def _hold_quantised(self, name: str, owner: nn.Module, weight: Any) -> None:
+        owner.weight = weight
+        self._parameters[name] = weight
+        self._built[name] = weight.dtype
 
     @torch.no_grad()
     def fold(self, entry: Entry) -> None:
-        """Fold one ledger entry into the base: ``W <- W + s B A``, in float32."""
+        """Fold one ledger entry into the base: ``W <- W + s B A``, in float32.
+
+        Raises:
+            QuantisationError: the base is quantised.
+        """
+        if self._quantised:
+            raise QuantisationError("nothing can be folded into quantised weights: use accumulate-into = 'stack'")
         weights = {layer.weight_key: self._parameters[layer.weight_key] for layer in self.plan.layers}
         ((_, adapter),) = self._whole([entry])
         folded = fold(weights, adapter, self.plan.layers, entry.scale)

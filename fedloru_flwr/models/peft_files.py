@@ -21,6 +21,7 @@ from fedloru_flwr.lowrank import Adapter, FactorisedLayer, as_pair, fold, produc
 from fedloru_flwr.lowrank.factors import at_least_float32
 from fedloru_flwr.models.adapters import pair_of
 from fedloru_flwr.models.plan import factorisable, plain_state
+from fedloru_flwr.models.quantised import Quantised
 
 _ADAPTER = "default"
 _CONFIG = "adapter_config.json"
@@ -377,6 +378,11 @@ class FromAdapter:
 
     factory: Callable[[], nn.Module]
     path: str
+
+    @property
+    def quantised(self) -> Quantised | None:
+        """In how few bits the clients hold the frozen weights, where the factory says so."""
+        return getattr(self.factory, "quantised", None)
 
     def __call__(self) -> nn.Module:
         """Build the model and fold the adapter into it."""

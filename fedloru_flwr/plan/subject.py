@@ -18,11 +18,17 @@ from fedloru_flwr.models import build_seeded
 from fedloru_flwr.models.plan import has_batch_norm
 from fedloru_flwr.plan.rehearsal import Cast
 from fedloru_flwr.strategies import FederatedStrategy
-from fedloru_flwr.workload import check_init_adapter, data_config, network_factory, plain_network, server_data
+from fedloru_flwr.workload import (
+    check_init_adapter,
+    data_config,
+    local_work,
+    network_factory,
+    plain_network,
+    server_data,
+)
 
 _BUILT_PARAMETERS = 50_000_000
 _ASSUMED_EXAMPLES = 100
-_MEASURES = ("accuracy", "loss")
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,16 @@ class Subject:
         """Who takes part in the run of these settings."""
         joins = has_batch_norm(self.model)
         prefixes = ("",) * strategy.has_global_model + ("personal-",) * strategy.has_personal_model
-        received = [f"{wire.RECEIVED}{prefixes[-1]}{name}" for name in _MEASURES] if config.evaluate_in_training else []
+        measures = local_work(config).measures
+        received = [f"{wire.RECEIVED}{prefixes[-1]}{name}" for name in measures] if config.evaluate_in_training else []
+        of_a_step = config.batch_size * config.accumulate_steps
         return Cast(
             clients=tuple(str(index) for index in range(config.num_clients)),
             train=self.train,
             held_out=self.held_out,
-            steps=tuple(config.local_epochs * _steps(count, config.batch_size, joins) for count in self.train),
+            steps=tuple(config.local_epochs * _steps(count, of_a_step, joins) for count in self.train),
             train_metrics=("train_loss", *received),
-            evaluate_metrics=tuple(f"{prefix}{name}" for prefix in prefixes for name in _MEASURES),
+            evaluate_metrics=tuple(f"{prefix}{name}" for prefix in prefixes for name in measures),
             version=version,
         )
 
@@ -90,11 +98,10 @@ def subject_of(
         return Subject(f"{transformers}", model, inputs, train, held_out, {}, (told, more))
     check_init_adapter(config)
     assumptions: tuple[str, ...] = ()
-    is_unseen = config.dataset == "clients" or (
-        config.dataset.startswith("hub:") and bool(config.sample_shape and config.num_classes)
-    )
-    if is_unseen:
-        spec = DataSpec(config.sample_shape, config.num_classes)
+    is_told = bool(examples) if config.pretrained else bool(config.sample_shape and config.num_classes)
+    if config.dataset == "clients" or (config.dataset.startswith("hub:") and is_told):
+        shape, classes = config.sample_shape, config.num_classes
+        spec = DataSpec((config.max_length,), max(classes, 2)) if config.pretrained else DataSpec(shape, classes)
         train, held_out, more = _assumed_samples(config, examples)
         assumptions = (more,)
     else:
@@ -105,7 +112,8 @@ def subject_of(
     factory = network_factory(config, spec)
     with torch.device("meta"):
         model = plain_network(config, spec)()
-    inputs = torch.empty(config.batch_size, *spec.input_shape, device="meta")
+    dtype = torch.long if config.pretrained else torch.float32
+    inputs = torch.empty(config.batch_size, *spec.input_shape, dtype=dtype, device="meta")
     equals: dict[str, str] = {}
     if sum(parameter.numel() for parameter in model.parameters()) <= _BUILT_PARAMETERS:
         model = build_seeded(factory, config.seed)  # equal tensors travel once
@@ -129,7 +137,11 @@ def equal_leaves(model: nn.Module, inputs: Tensor) -> dict[str, str]:
     """
     trial = deepcopy(model).train()
     generator = torch.Generator().manual_seed(0)
-    outputs = trial(torch.randn(2, *inputs.shape[1:], generator=generator))
+    if inputs.is_floating_point():
+        outputs = trial(torch.randn(2, *inputs.shape[1:], generator=generator))
+    else:
+        vocabulary = cast("Any", trial).config.vocab_size
+        outputs = trial(torch.randint(vocabulary, (2, *inputs.shape[1:]), generator=generator)).logits
     (outputs * torch.randn(outputs.shape, generator=generator)).sum().backward()
     first: dict[tuple[bytes, bytes], str] = {}
     found = {}

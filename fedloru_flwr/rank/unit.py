@@ -204,7 +204,15 @@ class Subject:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Subject":
-        """Of a run with these settings."""
+        """Of a run with these settings.
+
+        Raises:
+            ConfigError: it trains a model of the transformers library.
+        """
+        if config.pretrained:
+            raise ConfigError(
+                f"model = {config.model!r}: curvature and similarity are measured of built-in networks alone"
+            )
         _, spec = server_data(config)
         factory = network_factory(config, spec)
         return cls(config, factory, build_strategy(config, factory))

@@ -4,7 +4,7 @@
 
     <output-dir>/latest -> <run-name>
     <output-dir>/<run-name>/
-      manifest.json  metrics.jsonl  summary.json  model.safetensors  curves.png
+      manifest.json  metrics.jsonl  summary.json  model.safetensors  curves.png  samples.jsonl
       checkpoints/round-000010.safetensors  checkpoints/parts/
 """
 
@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,21 @@ class RunDirectory:
         """Keep only the rows of rounds up to ``last_round``: what a resumed run starts from."""
         rows = self.read_rounds()
         atomic.write_lines(self.path / "metrics.jsonl", [row for row in rows if row["round"] <= last_round])
+
+    def write_answers(self, server_round: int, rows: Sequence[Mapping[str, str]]) -> None:
+        """Write what a language model said after a round into ``samples.jsonl``, in place of an earlier such answer.
+
+        Args:
+            server_round: 0 for before training.
+            rows: each with ``prompt``, ``reference`` and ``generated``.
+        """
+        path = self.path / "samples.jsonl"
+        others = [row for row in atomic.read_lines(path) if row["round"] < server_round]
+        atomic.write_lines(path, [*others, *({"round": server_round, **row} for row in rows)])
+
+    def read_answers(self) -> list[dict[str, Any]]:
+        """Return the rows of ``samples.jsonl``: what a language model said before and after training."""
+        return atomic.read_lines(self.path / "samples.jsonl")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``, which has at least the keys of ``SUMMARY_KEYS``."""
