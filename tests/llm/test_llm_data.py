@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TEMPLATE, instructions, tokenizer, write_rows
+from small_language import TEMPLATE, instructions, tokenizer, write_rows
 
 from fedloru_flwr.data import IGNORED, DataConfig, DataError, load_central, load_client, load_own, notes, validate
 from fedloru_flwr.data.loading import partition_indices

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import save_model
+from small_language import save_model
 from transformers import AutoModelForCausalLM
 
 from fedloru_flwr import launch

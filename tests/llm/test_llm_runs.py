@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import instructions, write_rows
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
+from small_language import instructions, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedloru_flwr import launch

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TEMPLATE, tokenizer, write_rows
+from small_language import TEMPLATE, tokenizer, write_rows
 
 from fedloru_flwr.clients.language import LanguageWork, question
 from fedloru_flwr.clients.training import LocalOptimisation
