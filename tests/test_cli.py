@@ -261,12 +261,12 @@ def test_resume_auto_continues_the_newest_run_unless_it_has_finished(tmp_path, m
 @pytest.mark.slow
 def test_an_evaluation_that_fails_leaves_the_state_of_the_last_whole_round(tmp_path, monkeypatch):
     import fedloru_flwr
-    from fedloru_flwr import job
+    from fedloru_flwr.clients import training
 
     monkeypatch.chdir(tmp_path)
     settings = {"num-clients": 4, "num-server-rounds": 4, "local-epochs": 1, "accumulate-every": 2}
     whole = fedloru_flwr.run(config={**settings, "run-name": "whole"}, engine="in-process")
-    real, calls = job.evaluate, []
+    real, calls = training.evaluate, []
 
     def failing(*arguments):
         calls.append(1)
@@ -274,13 +274,13 @@ def test_an_evaluation_that_fails_leaves_the_state_of_the_last_whole_round(tmp_p
             raise ValueError("out of chalk")
         return real(*arguments)
 
-    monkeypatch.setattr(job, "evaluate", failing)
+    monkeypatch.setattr(training, "evaluate", failing)
     with pytest.raises(fedloru_flwr.RunFailedError, match=r"out of chalk"):
         fedloru_flwr.run(config={**settings, "run-name": "cut"}, engine="in-process")
     cut = tmp_path / "runs" / "cut"
     assert json.loads((cut / "summary.json").read_text())["status"] == "failed"
     assert json.loads((cut / "summary.json").read_text())["rounds"] == 2
-    monkeypatch.setattr(job, "evaluate", real)
+    monkeypatch.setattr(training, "evaluate", real)
     fedloru_flwr.run(engine="in-process", resume="runs/cut")
 
     def rows(path):
