@@ -5,6 +5,7 @@ import importlib
 import io
 import re
 import sys
+import threading
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from flwr.app import Message
 from fedloru_flwr import wire
 from fedloru_flwr.engines.in_process import InProcessGrid, serve, store_at
 
+_LOCK = threading.Lock()  # Flower's legacy server sends from many threads at once
 _ROUND = re.compile(r"round (\d+): loss ([\d.]+)(?:, accuracy ([\d.]+))?")
 
 
@@ -40,12 +42,15 @@ class CountingGrid(InProcessGrid):
     sent: Counter[tuple[str, str]]
 
     def _handle(self, message: Message) -> Message:
-        kind = message.metadata.message_type
-        self.sent[kind, "down"] += wire.content_bytes(message.content)
-        reply = super()._handle(message)
-        if not reply.has_error():
-            self.sent[kind, "up"] += wire.content_bytes(reply.content)
+        with _LOCK:
+            self._count("down", message)
+            reply = super()._handle(message)
+            self._count("up", reply)
         return reply
+
+    def _count(self, direction: str, message: Message) -> None:
+        if not message.has_error():
+            self.sent[message.metadata.message_type, direction] += wire.content_bytes(message.content)
 
 
 @contextlib.contextmanager

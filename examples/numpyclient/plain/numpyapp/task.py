@@ -85,5 +85,5 @@ def get_weights(net):
 
 def set_weights(net, parameters):
     """Write a model's weights."""
-    state_dict = OrderedDict({name: torch.tensor(value) for name, value in zip(net.state_dict(), parameters)})
-    net.load_state_dict(state_dict, strict=True)
+    named = zip(net.state_dict(), parameters, strict=True)
+    net.load_state_dict(OrderedDict({name: torch.tensor(value) for name, value in named}))
