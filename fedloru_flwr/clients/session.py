@@ -540,7 +540,8 @@ class LowRankSession:
         if touched := self._host.trained_frozen():
             raise ValueError(
                 f"the training loop has trained parameters that are frozen in this run: {', '.join(touched[:5])}; "
-                "leave requires_grad as the session sets it"
+                "leave requires_grad as the session sets it (and where the loop only writes them anew as they were, as "
+                "loading a checkpoint does, give the session base_by_value=True)"
             )
         result = LocalResult(self._adapted.read_values(), math.nan, gradients, silent)
         return self._plain(contact.train_reply(result, self._adapted.read_statistics(), metrics))

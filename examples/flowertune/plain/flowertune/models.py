@@ -17,7 +17,7 @@ class ByteTokenizer:
 
 
 def get_model():
-    """Build the model and its adapters; a real project loads the model by ``from_pretrained``."""
+    """Build the model; a real project loads it by ``from_pretrained``."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=ByteTokenizer.size,
@@ -31,6 +31,5 @@ def get_model():
         eos_token_id=ByteTokenizer.eos,
         pad_token_id=ByteTokenizer.pad,
     )
-    model = LlamaForCausalLM(config)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
+    return get_peft_model(LlamaForCausalLM(config), lora)
