@@ -231,10 +231,11 @@ def run_legacy(low_rank: FederatedStrategy, given: legacy.Strategy, grid: Grid, 
     )
 
 
-def _evaluate_fn(low_rank: FederatedStrategy, given: legacy.Strategy) -> EvaluateFunction:
+def _evaluate_fn(low_rank: FederatedStrategy, given: legacy.Strategy) -> EvaluateFunction | None:
+    if isinstance(given, legacy.FedAvg) and given.evaluate_fn is None and _is_own(given, "evaluate"):
+        return None
+
     def evaluate_fn(server_round: int, _: ArrayRecord) -> MetricRecord | None:
-        if isinstance(given, legacy.FedAvg) and given.evaluate_fn is None and _is_own(given, "evaluate"):
-            return None  # the whole model need not be put together
         whole = ndarrays_to_parameters(_ndarrays(low_rank.merged_state_dict()))
         found = given.evaluate(server_round, whole)
         return None if found is None else MetricRecord({"loss": float(found[0]), **_numbers(found[1])})

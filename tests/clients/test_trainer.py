@@ -76,7 +76,7 @@ def run(tmp_path, rows_of, *, base_by_value=False, rounds=3, **more):
         strategy.start(grid, strategy.initial_arrays(), num_rounds=rounds)
 
     run_in_process(server_app, client_app, num_supernodes=2)
-    return rows_of(tmp_path / "run")[1:], kept["strategy"]
+    return rows_of(tmp_path / "run"), kept["strategy"]
 
 
 @pytest.fixture(autouse=True)
