@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
+from flwr.server import ServerAppComponents, ServerConfig
+from flwr.server import strategy as legacy
 from flwr.serverapp import ServerApp
 from make_settings_table import PATH, table
 from torch import nn
@@ -39,7 +42,8 @@ def test_the_readme_gives_the_real_keys_and_defaults():
 
 
 def test_every_link_of_the_documents_leads_somewhere():
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
+    pages = (ROOT / "examples").rglob("README.md")
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", *pages]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
@@ -116,6 +120,33 @@ def test_the_trackers_of_the_tracking_page_are_told_of_a_run(tmp_path, monkeypat
     first, second = rows[0]["bytes_up"], rows[0]["bytes_up"] + rows[1]["bytes_up"]
     assert capsys.readouterr().out.splitlines() == ["mine 4", f"1 2 {first}", f"2 2 {second}", "finished"]
     assert list(Path("runs/mine/tensorboard").glob("events.*"))
+
+
+def test_the_legacy_snippets_run_as_they_stand(fresh_process):
+    class FlowerClient(NumPyClient):
+        def __init__(self, net, loader):
+            self.net, self.loader = net, loader
+
+        def fit(self, parameters, config):
+            loss = my_training_loop(self.net, self.loader)
+            return [value.numpy() for value in self.net.state_dict().values()], 20, {"train_loss": loss}
+
+    samples = torch.utils.data.TensorDataset(torch.randn(20, 12), torch.randint(3, (20,)))
+    names = {
+        "Net": Net,
+        "FlowerClient": FlowerClient,
+        "load_data": lambda context: torch.utils.data.DataLoader(samples, batch_size=5),
+        "server_fn": lambda context: ServerAppComponents(
+            strategy=legacy.FedAvg(fraction_evaluate=0.0, evaluate_fn=lambda number, *_: seen.add(number)),
+            config=ServerConfig(num_rounds=2),
+        ),
+    }
+    seen: set[int] = set()
+    server, client = dict(names), dict(names)
+    exec(blocks("docs/drop-in.md", "# legacy server_app.py"), server)
+    exec(blocks("docs/drop-in.md", "# legacy client_app.py"), client)
+    run_in_process(server["app"], client["app"], num_supernodes=3)
+    assert seen == {0, 1, 2}
 
 
 def test_the_strategies_named_in_the_docs_compose(recwarn):

@@ -77,15 +77,23 @@ class _HostedModel:
             self.adapted.quantise(kind)
         self.lineage = self.base_lineage = self.own_root
         self.corrections: _Corrections | None = None
+        self._digest = ""
         self.mark()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # An instance carries its host; a copy or a file of the user's model does not.
         return type(None), ()
 
-    def mark(self) -> None:
-        """Note the base as it is now."""
+    def mark(self, *, by_value: bool = False) -> None:
+        """Note the base as it is now; by value, so that `forgive_rewriting` can tell what it was."""
         self._marks = self.adapted.base_marks()
+        self._digest = digest_tensors(self.adapted.read_base()) if by_value else ""
+
+    def forgive_rewriting(self) -> None:
+        """Where the base was noted by value: have it written, if it is what it was, count as left alone."""
+        changed = self.adapted.base_written(self._marks) or self.adapted.base_replaced(self._marks)
+        if self._digest and changed and digest_tensors(self.adapted.read_base()) == self._digest:
+            self.mark()
 
     def mend(self) -> None:
         """Undo what a user's loop may have done to what stays in the process, its failures included."""
@@ -410,6 +418,9 @@ class LowRankSession:
         context: what the app was called with.
         store: where bases and entries are kept; by default in the node config's ``store-path``, else in
             ``$FEDLORU_STORE``, else in Flower's home.
+        base_by_value: for loops that write the frozen parameters without changing them, as ``load_state_dict`` of
+            the model's own state dict does: whether they were trained is then told by their values, which are read
+            twice a message, and not by whether they were written.
 
     Attributes:
         model: the user's own model with adapters inside, trainable exactly where the run trains.
@@ -422,9 +433,19 @@ class LowRankSession:
         ValueError: the message is not of this protocol, or the model is not the server's.
     """
 
-    def __init__(self, model: ModelSource, message: Message, context: Context, *, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelSource,
+        message: Message,
+        context: Context,
+        *,
+        store: Store | None = None,
+        base_by_value: bool = False,
+    ) -> None:
         self._contact = contact = Contact(model, message, context, store)
         self._host = contact.host
+        if base_by_value:
+            contact.host.mark(by_value=True)
         self._adapted: AdaptedModel = contact.host.adapted
         contact.host.reset_counters()
         self.client, self.server_round, self.seed = contact.client, contact.server_round, contact.seed
@@ -509,6 +530,7 @@ class LowRankSession:
         _restore_generators()
         contact = self._contact
         contact.metrics(metrics)
+        self._host.forgive_rewriting()
         silent = self._adapted.layers_without_gradient()
         self._adapted.stop_watching()
         if not contact.trains:
@@ -520,7 +542,8 @@ class LowRankSession:
         if touched := self._host.trained_frozen():
             raise ValueError(
                 f"the training loop has trained parameters that are frozen in this run: {', '.join(touched[:5])}; "
-                "leave requires_grad as the session sets it"
+                "leave requires_grad as the session sets it (and where the loop only writes them anew as they were, as "
+                "loading a checkpoint does, give the session base_by_value=True)"
             )
         result = LocalResult(self._adapted.read_values(), math.nan, gradients, silent)
         return self._plain(contact.train_reply(result, self._adapted.read_statistics(), metrics))

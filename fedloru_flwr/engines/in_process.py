@@ -19,6 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedloru_flwr.environment import STORE
@@ -114,9 +115,9 @@ class InProcessGrid(VirtualGrid):
         """Nothing to set: there is one run."""
 
     @property
-    def run(self) -> Any:
-        """There is no run object without a SuperLink."""
-        raise RuntimeError("an in-process grid has no Flower run")
+    def run(self) -> Run:
+        """A run with nothing but its id, which legacy ServerApps ask for."""
+        return Run.create_empty(_RUN)
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes' ids."""

@@ -893,10 +893,10 @@ class FederatedStrategy(Strategy):
         central = None
         if evaluate_fn is not None and self.has_global_model:
             central = evaluate_fn(server_round, wire.to_record(self.state.trainables))
+        for name in ("accuracy", "loss"):
+            row[name] = row.get(name) if central is None else central.get(name, row.get(name))
         if central is not None:
             self.books.result.evaluate_metrics_serverapp[server_round] = central
-            for name in ("accuracy", "loss"):
-                row[name] = central.get(name, row.get(name))
             others = {name: value for name, value in central.items() if name not in ("accuracy", "loss")}
             if others:
                 row["metrics"] = others

@@ -157,7 +157,8 @@ class InnerStrategy:
 
     def is_plain(self) -> bool:
         """Whether it is a weighted mean and nothing else."""
-        return len(self.layers()) == 1 and type(self.strategy).__name__ in ("FedAvg", "FedProx")
+        told = getattr(self.strategy, "is_plain_mean", False)
+        return len(self.layers()) == 1 and (told or type(self.strategy).__name__ in ("FedAvg", "FedProx"))
 
     def needs_each_reply(self) -> str:
         """Why it needs the replies themselves; empty where their weighted mean, as one reply, gives the same."""
@@ -178,7 +179,7 @@ class InnerStrategy:
         """The name of a layer that carries state from round to round which `read_state` does not know, or None."""
         known = {*_STATELESS, *_MOMENTS, *_NUMBERS}
         for layer in self.layers():
-            if type(layer).__name__ not in known:
+            if type(layer).__name__ not in known and not getattr(layer, "is_stateless", False):
                 return type(layer).__name__
             if getattr(layer, "accountant", None) is not None:
                 return f"{type(layer).__name__} with its accountant"

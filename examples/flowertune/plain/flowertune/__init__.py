@@ -1,0 +1,1 @@
+"""A small language model, tuned on instructions by FedAvg over its LoRA adapters."""

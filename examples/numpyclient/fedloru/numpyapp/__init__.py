@@ -1,0 +1,1 @@
+"""A NumPyClient project: a multilayer perceptron on handwritten digits, trained by FedAvg."""

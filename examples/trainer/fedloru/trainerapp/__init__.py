@@ -1,0 +1,1 @@
+"""A vision transformer on handwritten digits, trained by the Trainer of transformers on each client."""
