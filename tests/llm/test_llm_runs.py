@@ -195,7 +195,31 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
         pretrained.library()
 
 
-CONF = sorted((Path(__file__).parents[2] / "conf").glob("llm-*.toml"))
+ROOT = Path(__file__).parents[2]
+CONF = sorted((ROOT / "conf").glob("llm-llama-*.toml"))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "share", "bound"), [(1, 0.1, 0.5), pytest.param(8, 0.5, 0.1, marks=pytest.mark.slow)]
+)
+def test_the_small_language_model_learns_to_follow_instructions(rounds, share, bound, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = {
+        **read_config_file(ROOT / "conf" / "llm-tiny.toml"),
+        "num-server-rounds": rounds,
+        "fraction-train": share,
+        "exact-match-samples": 0 if rounds == 1 else 100,
+        "generated-samples": 1,
+        "output-dir": str(tmp_path),
+        "run-name": "tiny",
+    }
+    found = perplexities(run(settings))
+    assert found[-1] < bound * found[0]
+    assert len((tmp_path / "tiny" / "samples.jsonl").read_text().splitlines()) == 2
+    if rounds > 1:
+        last = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["ledger_version"] == 1
+        assert last["metrics"]["exact_match"] > 0.05
 
 
 @pytest.mark.slow
