@@ -505,9 +505,9 @@ def _of_settings(directory: RunDirectory, inputs: Inputs | None) -> tuple[Callab
 
 def _export_merged(trained: Trained, directory: Path) -> dict[str, Any]:
     """Write the whole model and load it again."""
+    layers, warnings = _merged_layers(trained)
     if all(torch.equal(value, trained.before[name]) for name, value in trained.merged.items()):
         raise ExportError(f"{trained.directory.path}: nothing has changed since the run began; nothing to export")
-    layers, warnings = _merged_layers(trained)
     own = trained.model()
     if _is_transformers(own):
         cast("Any", own).save_pretrained(directory)

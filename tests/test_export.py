@@ -450,7 +450,7 @@ def test_a_merge_that_rounds_the_update_away_says_so(tmp_path):
     assert told.startswith("warning: ")
     assert "--format peft keeps it" in told
     assert exported.table().row_count == 1
-    coarse_run(tmp_path / "all", 1e-5)
+    coarse_run(tmp_path / "all", 1e-9)
     with pytest.raises(ExportError, match=r"layer '0': the merge leaves its weight as it was.*bfloat16.*'peft'"):
         export(tmp_path / "all", "merged", model=coarse, inputs=ROWS)
 

@@ -16,6 +16,7 @@ from fedloru_flwr.config import ConfigError
 from fedloru_flwr.plan import Bandwidth, plan
 from fedloru_flwr.plan.command import show_plan
 from fedloru_flwr.plan.planning import grouped
+from fedloru_flwr.plan.report import as_tables
 from fedloru_flwr.registry import ALGORITHMS
 
 SMALL = {
@@ -185,6 +186,27 @@ def test_layers_that_differ_by_a_number_are_shown_as_one(tmp_path):
         ("model.layers.*.self_attn.q_proj", 3),
         ("model.layers.*.self_attn.v_proj", 3),
     ]
+
+
+def test_every_name_and_number_can_be_read_on_eighty_columns(tmp_path):
+    # Full-sized layers have the widest numbers; two of them are enough.
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_3_8B, "num_hidden_layers": 2}))
+    settings = {**SMALL, "target-modules": "q_proj,v_proj,down_proj", "dense-leaves": "none", "rank": 16}
+    found = plan(None, {**settings, "batch-size": 1}, transformers=tmp_path, sequence_length=16)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(as_tables(found), highlight=False)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    begin = next(number for number, line in enumerate(lines) if "what is trained" in line)
+    end = next(number for number, line in enumerate(lines) if "catching up" in line)
+    folded = "".join(line[1:].partition(" ")[0] for line in lines[begin:end])
+    names = [name for name, _, _ in grouped(found.methods[0].layers)]
+    assert len(names) == 3
+    for name in names:
+        assert name in folded
+    for _, _, layer in grouped(found.methods[0].layers):
+        assert any(f"{layer.trainable:,}" in line and f"{layer.parameters:,}" in line for line in lines)
 
 
 PLAN_LLAMA = """
