@@ -1,5 +1,6 @@
 """Exports, as peft, transformers and torch load them; and runs that begin from an adapter."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -741,6 +742,22 @@ def test_the_command_takes_the_model_and_inputs_of_an_app_of_ones_own(tmp_path, 
     outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 0, outcome.output
     assert "compared on 2 sample inputs" in outcome.output
+    assert "which training has changed by" in outcome.output
+    with (tmp_path / "my_own_app.py").open("a") as file:
+        file.write("tensor = torch.ones(2, 12)\ndef nothing(): pass\ndef failing(): return {}['x']\n")
+        file.write("def wide(): return torch.ones(2, 13)\n")
+    sys.modules.pop("my_own_app")
+    importlib.invalidate_caches()
+    for given, message in [
+        ("my_own_app", "--inputs = 'my_own_app' must be of the form package.module:name"),
+        ("my_own_app:tensor", "--inputs = 'my_own_app:tensor' is a Tensor: expected a function"),
+        ("my_own_app:nothing", "--inputs = 'my_own_app:nothing' returned None"),
+        ("my_own_app:failing", "--inputs = 'my_own_app:failing' failed with KeyError: 'x'"),
+        ("my_own_app:wide", "inputs: Sequential cannot be called with the sample inputs (float32 (2, 13))"),
+    ]:
+        outcome = CliRunner().invoke(app, [*arguments[:-1], given])
+        assert outcome.exit_code == 2
+        assert message in outcome.output, outcome.output
 
 
 def documented(first_line):

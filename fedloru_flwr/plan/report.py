@@ -104,7 +104,8 @@ def _memory(method: MethodPlan) -> Table:
             size = getattr(memory, part.name)
             told = f"{part.name} (estimate)" if part.name == "activations" else part.name
             table.add_row(where, told, _UNKNOWN if size is None else format_bytes(size))
-        table.add_row(where, "in all", format_bytes(memory.total), end_section=True)
+        known = format_bytes(memory.at_least)
+        table.add_row(where, "in all", known if memory.total is not None else f"more than {known}", end_section=True)
     return table
 
 
