@@ -195,7 +195,7 @@ def export(
 
     def work() -> tuple[str, ...]:
         factory = _named("--model", model) if model else None
-        samples = _named("--inputs", inputs)() if inputs else None
+        samples = _sample_inputs(inputs) if inputs else None
         exported = export_run(run, format, rank, output_dir, model=factory, inputs=samples)
         console = Console()
         if exported.report["layers"]:
@@ -233,6 +233,31 @@ def rank(
     _judge(work)
 
 
+def _sample_inputs(text: str) -> Any:
+    """What the function that ``--inputs`` names returns.
+
+    Raises:
+        ConfigError: there is no such function, it fails, or it returns nothing.
+    """
+    make = _named("--inputs", text)
+    if not callable(make):
+        raise ConfigError(
+            f"--inputs = {text!r} is a {type(make).__name__}: expected a function that returns the inputs"
+        )
+    try:
+        samples = make()
+    except Exception as error:  # whatever somebody's function does
+        raise ConfigError(
+            f"--inputs = {text!r} failed with {type(error).__name__}: {error}; expected a function that takes no "
+            "arguments and returns a tensor, a tuple of arguments or a dict of keywords"
+        ) from error
+    if samples is None:
+        raise ConfigError(
+            f"--inputs = {text!r} returned None: expected a tensor, a tuple of arguments or a dict of keywords"
+        )
+    return samples
+
+
 def _named(option: str, text: str) -> Any:
     """What ``package.module:name`` names, looked for in the directory at hand as well.
 
@@ -240,6 +265,8 @@ def _named(option: str, text: str) -> Any:
         ConfigError: there is no such thing.
     """
     module, _, name = text.partition(":")
+    if not module or not name:
+        raise ConfigError(f"{option} = {text!r} must be of the form package.module:name")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:

@@ -6,6 +6,7 @@ help are declared here and nowhere else.
 
 import dataclasses
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -220,7 +221,7 @@ class RunConfig:
         for key, value in settings.items():
             if key not in fields:
                 raise ConfigError(f"unknown setting {key!r}{did_you_mean(key, tuple(fields))}")
-            values[fields[key].name] = _checked(key, value, fields[key])
+            values[fields[key].name] = _at_home(key, _checked(key, value, fields[key]))
         config = cls(**values)
         config._check_together()
         return config
@@ -444,6 +445,15 @@ def _integers(key: str, text: str) -> tuple[int, ...]:
     if any(number < 1 for number in numbers):
         raise ConfigError(f"{key} = {text!r}: every number must be at least 1")
     return numbers
+
+
+def _at_home(key: str, value: Any) -> Any:
+    """A path with the home directory in place of ``~``; everything else as it is."""
+    if key in ("data-path", "init-adapter"):
+        return os.path.expanduser(value)  # noqa: PTH111  # it leaves what it does not know, and an empty text
+    if key == "model" and value.startswith(f"{PRETRAINED}~"):
+        return PRETRAINED + os.path.expanduser(value.removeprefix(PRETRAINED))  # noqa: PTH111
+    return value
 
 
 def _checked(key: str, value: object, setting: "dataclasses.Field[Any]") -> Scalar:

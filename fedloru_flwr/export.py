@@ -3,7 +3,7 @@ r"""`fedloru export`: a run's model as PEFT or plain torch and transformers load
 The model of a run is ``W_0 + sum_i s_i B_i A_i + s B A`` with its dense leaves and running statistics. ``peft`` writes
 what it has beside the untouched ``W_0`` as one LoRA adapter, all pairs concatenated, or compressed to a rank;
 ``merged`` writes the whole. Either is loaded again by the plain libraries and compared with the run's model before it
-is left.
+is left: tensor by tensor, and by the outputs of a model in which nothing is merged.
 """
 
 import contextlib
@@ -27,6 +27,8 @@ from fedloru_flwr.config import RunConfig
 from fedloru_flwr.lowrank import Adapter, FactorisedLayer, compress, digest_tensors, join, product, relative_difference
 from fedloru_flwr.lowrank.factors import at_least_float32, has_product
 from fedloru_flwr.lowrank.forms import Form
+from fedloru_flwr.models.functional import FunctionalModel
+from fedloru_flwr.models.layout import Layout
 from fedloru_flwr.models.networks import NetworkFactory
 from fedloru_flwr.models.peft_files import (
     FromAdapter,
@@ -54,6 +56,7 @@ MODEL_FILE = "model.safetensors"
 _TOLERANCE = 1e-4  # of outputs, in units of the largest; coarser number formats get _ROUNDINGS of their epsilon
 _ROUNDINGS = 8
 _LAYER_TOLERANCE = 1e-5  # of a layer's product, relative
+_LOST_TOO_MUCH = 0.1  # of a layer's product, relative, when it is rounded away in a merge
 _SAMPLES, _TOKENS = 8, 16
 _CARD = """---
 library_name: peft
@@ -94,14 +97,17 @@ class Exported:
     report: dict[str, Any]
 
     def table(self) -> Table:
-        """The layers of an adapter: ranks and the relative error of each product."""
-        table = Table(title=f"{self.report['run']} as an adapter", box=box.SIMPLE_HEAD, title_justify="left")
+        """The layers that have a product: ranks, and the relative error of each product in what was exported."""
+        is_merged = self.report["format"] == "merged"
+        title = f"{self.report['run']} merged" if is_merged else f"{self.report['run']} as an adapter"
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
         table.add_column("layer", overflow="fold")
-        for heading in ("shape", "rank", "exported", "relative error"):
+        for heading in ("shape", "rank", *(() if is_merged else ("exported",)), "relative error"):
             table.add_column(heading, justify="right", no_wrap=True)
         for name, row in self.report["layers"].items():
             shape = " x ".join(map(str, row["shape"]))
-            table.add_row(name, shape, str(row["learnt_rank"]), str(row["rank"]), f"{row['relative_error']:.2e}")
+            ranks = [str(row[key]) for key in ("learnt_rank", "rank") if key in row]
+            table.add_row(name, shape, *ranks, f"{row['relative_error']:.2e}")
         return table
 
     def lines(self) -> list[str]:
@@ -114,11 +120,11 @@ class Exported:
             lines.append(f"base: {report['base']}")
         lines.append(
             f"loaded again and compared on {check['samples']}: largest difference {check['difference']:.1e} of outputs "
-            f"up to {check['largest_output']:.1e}"
+            f"up to {check['largest_output']:.1e}, which training has changed by {check['change_by_training']:.1e}"
         )
         if report["rank"] is not None:
             lines.append(f"largest difference from the run's own model: {check['difference_from_run']:.1e}")
-        return lines
+        return [*lines, *(f"warning: {told}" for told in report["warnings"])]
 
 
 def export(
@@ -153,10 +159,12 @@ def export(
         Where it is, and the report.
 
     Raises:
-        ExportError: for an unknown format, a run without a checkpoint or of another model, nothing learnt, or a method
-            without a global model or without factors.
+        ExportError: for an unknown format, a run without a checkpoint or of another model, nothing learnt, a method
+            without a global model or without factors, inputs that the model cannot be called with, a directory that
+            cannot be written or holds what the run began from, or a merge that would leave a trained layer as it was.
         AdapterError: for what a PEFT adapter cannot hold.
-        MismatchError: what was written gives other outputs than the run's model; nothing is left.
+        MismatchError: what was written holds other tensors or gives other outputs than the run's model; nothing is
+            left.
     """
     chosen = _checked(format, rank)
     trained = Trained.of_run(run, model, inputs)
@@ -165,10 +173,17 @@ def export(
     given = trained.directory.path / "export" / name if output_dir is None else Path(output_dir)
     directory = given.expanduser().absolute()
     _check_free(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    _check_not_needed(directory, trained)
     scratch = atomic.temporary_path(directory)
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+    except OSError as error:
+        raise ExportError(
+            f"output-dir = '{directory}' cannot be written: {error.strerror or error} ({error.filename}); choose a "
+            "directory that can be made"
+        ) from error
     try:
         if chosen == "merged":
             more = _export_merged(trained, scratch)
@@ -199,6 +214,20 @@ def _check_free(directory: Path) -> None:
     """Refuse to write over what no export has made."""
     if directory.exists() and not (directory / REPORT).is_file() and (directory.is_file() or any(directory.iterdir())):
         raise ExportError(f"output-dir = '{directory}' holds something that is no export: choose another directory")
+
+
+def _check_not_needed(directory: Path, trained: "Trained") -> None:
+    """Refuse to replace what the run began from: without it nobody can take the run up again."""
+    name = str(getattr(trained.untouched, "name_or_path", ""))
+    for told, source in (("init-adapter", trained.adapter), ("model", name)):
+        there = Path(source).expanduser().resolve() if source else None
+        if there is None or not there.exists():
+            continue
+        if directory.resolve() in (there, *there.parents):
+            raise ExportError(
+                f"output-dir = '{directory}' holds what the run began from ({told} = {source!r}), which an export "
+                "there would replace: choose another directory"
+            )
 
 
 def _check_recorded(trained: "Trained") -> None:
@@ -369,6 +398,46 @@ class Trained:
         if has_product(layer, current):
             yield current, self.plan.scale
 
+    def unmerged_outputs(self) -> list[Tensor]:
+        """The outputs of the run's model with nothing merged: ``W_0`` with all pairs beside it, as they are.
+
+        Trained parameters and running statistics are read from the server's state, not from `merged`.
+        """
+        update, model = self.update, FunctionalModel(self.untouched, self.update.layers, Layout(1, 1.0), training=False)
+        weights = {**self.before, **self.imported.values}
+        for name, value in {**self.state.statistics, **self.state.trainables}.items():
+            if name in weights and name not in {layer.weight_key for layer in update.layers}:
+                weights[name] = value.to(weights[name].dtype)
+        formats = {
+            key: weights[layer.weight_key].dtype for layer in update.layers for key in (layer.a_key, layer.b_key)
+        }
+        pairs = {key: update.pairs[key].to(dtype) for key, dtype in formats.items()}
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it reads W alone
+        try:
+            with model.as_module(pairs, weights) as module:
+                return outputs(module, self.inputs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+
+    @cached_property
+    def outputs_before(self) -> list[Tensor]:
+        """The outputs of `untouched`.
+
+        Raises:
+            ExportError: the model cannot be called with the sample inputs.
+        """
+        try:
+            return outputs(self.untouched, self.inputs)
+        except ExportError:
+            raise
+        except Exception as error:  # whatever a model does with inputs that are not for it
+            raise ExportError(
+                f"inputs: {type(self.untouched).__name__} cannot be called with the sample inputs "
+                f"({_described(self.inputs)}): {type(error).__name__}: {_first_line(error)}. Expected a tensor, "
+                "a tuple of arguments or a dict of keywords that it takes"
+            ) from error
+
     @cached_property
     def inputs(self) -> Inputs:
         """Sample inputs.
@@ -377,6 +446,11 @@ class Trained:
             ExportError: none were given for a model of one's own.
         """
         if self.given is not None:
+            if not isinstance(self.given, Tensor | tuple | Mapping):
+                raise ExportError(
+                    f"inputs are of type {type(self.given).__name__}: expected a tensor, a tuple of arguments or a "
+                    "dict of keywords"
+                )
             return self.given
         model = self.untouched
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -431,6 +505,7 @@ def _of_settings(directory: RunDirectory, inputs: Inputs | None) -> tuple[Callab
 
 def _export_merged(trained: Trained, directory: Path) -> dict[str, Any]:
     """Write the whole model and load it again."""
+    layers, warnings = _merged_layers(trained)
     if all(torch.equal(value, trained.before[name]) for name, value in trained.merged.items()):
         raise ExportError(f"{trained.directory.path}: nothing has changed since the run began; nothing to export")
     own = trained.model()
@@ -442,8 +517,88 @@ def _export_merged(trained: Trained, directory: Path) -> dict[str, Any]:
         atomic.write_tensors(directory / MODEL_FILE, trained.merged, {"format": "pt"})
         again = trained.plain()
         again.load_state_dict(load_file(directory / MODEL_FILE))
-    check = _compare(trained, again)
-    return {"base": "", "layers": {}, "whole_modules": [], "check": check}
+    _check_tensors(trained, again)
+    check, more = _compare(trained, again, trained.unmerged_outputs())
+    return {"base": "", "layers": layers, "whole_modules": [], "check": check, "warnings": [*warnings, *more]}
+
+
+def _merged_layers(trained: Trained) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What the report says of each layer of the merged model, and what people should know of it.
+
+    The relative error is ``||(W - W_0) - B A||_F / ||B A||_F``: what the number format of ``W`` has rounded away.
+
+    Raises:
+        ExportError: a layer has a product, and its weight is as it was before.
+        MismatchError: a layer's weight is not ``W_0 + B A`` up to rounding.
+    """
+    update = trained.update
+    layers: dict[str, dict[str, Any]] = {}
+    lost: dict[str, tuple[float, str]] = {}
+    roundings = len(trained.state.ledger.entries) + 2  # each entry is folded in by itself
+    for layer in update.layers:
+        before, merged = trained.before[layer.weight_key], trained.merged[layer.weight_key]
+        learnt, gained = product(layer, update.pairs).double(), merged.double() - before.double()
+        norm = float(torch.linalg.vector_norm(learnt))
+        if norm > 0 and torch.equal(before, merged):
+            raise ExportError(
+                f"layer {layer.name!r}: the merge leaves its weight as it was, since what the run has learnt of it "
+                f"(norm {norm:.1e}) is less than the rounding of {_format_name(before)}: use format = 'peft', which "
+                "keeps it"
+            )
+        off = float(torch.linalg.vector_norm(gained - learnt))
+        rounding = roundings * _epsilon(before) * (float(torch.linalg.vector_norm(before.double())) + norm)
+        if not off <= rounding + _LAYER_TOLERANCE * norm:
+            raise MismatchError(
+                f"layer {layer.name!r}: its merged weight is {off:.1e} away from W_0 + B A (norm), expected at most "
+                f"{rounding:.1e}; nothing was exported"
+            )
+        error = off / (norm or 1.0)
+        layers[layer.name] = {
+            "shape": list(layer.weight_shape),
+            "learnt_rank": update.rank_of(layer),
+            "relative_error": error,
+        }
+        if error > _LOST_TOO_MUCH:
+            lost[layer.name] = error, _format_name(before)
+    if not lost:
+        return layers, []
+    worst = max(lost, key=lambda name: lost[name])
+    error, kind = lost[worst]
+    told = (
+        f"rounding to {kind} has changed what was learnt of {len(lost)} of {len(layers)} layers by more than "
+        f"{_LOST_TOO_MUCH:.0%} of it ({worst!r} by {error:.0%}): --format peft keeps it as it is"
+    )
+    return layers, [told]
+
+
+def _check_tensors(trained: Trained, loaded: nn.Module) -> None:
+    """Refuse a model whose tensors are not exactly those of the run's model.
+
+    Raises:
+        MismatchError: naming the first that differ.
+    """
+    found, expected = plain_state(loaded), trained.merged
+    odd = [
+        name
+        for name in {**expected, **found}
+        if name not in found or name not in expected or not _is_same(found[name], expected[name])
+    ]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise MismatchError(
+            f"loaded again, the export has other tensors than the run's model: {', '.join(odd[:3])}{more}; nothing was "
+            "exported"
+        )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same numbers, in whatever formats."""
+    both = torch.promote_types(one.dtype, other.dtype)
+    return one.shape == other.shape and torch.equal(one.cpu().to(both), other.cpu().to(both))
+
+
+def _format_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _export_peft(trained: Trained, rank: int | None, directory: Path, final: Path) -> dict[str, Any]:
@@ -474,8 +629,9 @@ def _export_peft(trained: Trained, rank: int | None, directory: Path, final: Pat
     if rank is not None:
         compressed = trained.plain()
         apply_update(compressed, written)
-    check = _compare(trained, again, compressed)
-    return {"base": base, "layers": layers, "whole_modules": sorted(held.values), "check": check}
+    check, told = _compare(trained, again, None if compressed is None else outputs(compressed, trained.inputs))
+    more = {"whole_modules": sorted(held.values), "check": check, "warnings": told}
+    return {"base": base, "layers": layers, **more}
 
 
 def _compare_layers(
@@ -581,16 +737,22 @@ def _save_tokenizer(model: nn.Module, directory: Path) -> None:
             AutoTokenizer.from_pretrained(name, local_files_only=True).save_pretrained(directory)
 
 
-def _compare(trained: Trained, loaded: nn.Module, compressed: nn.Module | None = None) -> dict[str, Any]:
-    """Compare the outputs of what was loaded again with those of the run's model, or of what it was compressed to.
+def _compare(
+    trained: Trained, loaded: nn.Module, expected: list[Tensor] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare the outputs of what was loaded again with those of the run's model, or with those ``expected``.
+
+    Returns:
+        What the report says of it, and what people should know.
 
     Raises:
+        ExportError: the model cannot be called with the sample inputs.
         MismatchError: they differ by more than rounding; or, where the run has changed the outputs more than rounding
             does, they are nearer to those of the model it began from.
     """
-    inputs = trained.inputs
+    inputs, before = trained.inputs, trained.outputs_before
     run, got = outputs(trained.model(), inputs), outputs(loaded, inputs)
-    want = run if compressed is None else outputs(compressed, inputs)
+    want = run if expected is None else expected
     if len(want) != len(got) or any(one.shape != other.shape for one, other in zip(want, got, strict=True)):
         raise MismatchError("the model that was loaded again has outputs of other shapes; nothing was exported")
     if not want or not all(bool(one.isfinite().all()) for one in want):
@@ -598,7 +760,7 @@ def _compare(trained: Trained, loaded: nn.Module, compressed: nn.Module | None =
     scale = max(float(one.abs().max()) for one in want if one.numel())
     epsilon = max(_epsilon(value) for value in trained.before.values())
     difference = _largest(want, got)
-    change = _largest(want, outputs(trained.untouched, inputs))
+    change = _largest(want, before)
     rounding = 64 * epsilon * scale
     limit = min(max(_TOLERANCE, _ROUNDINGS * epsilon) * scale, max(change / 2, rounding))
     if not difference <= limit:
@@ -607,13 +769,29 @@ def _compare(trained: Trained, loaded: nn.Module, compressed: nn.Module | None =
             f"largest is {scale:.1e} and which training has changed by {change:.1e}; expected at most {limit:.1e}. "
             "Nothing was exported"
         )
+    warnings = []
+    if change <= limit:  # the untouched model would have passed
+        warnings.append(
+            f"on these samples training has changed the outputs by {change:.1e}, no more than rounding may, so that "
+            "they say nothing of the export; its tensors were compared one by one. Give other inputs (--inputs) to see "
+            "a difference"
+        )
     return {
         "samples": f"{_count(inputs)} sample inputs",
         "difference": difference,
         "largest_output": scale,
         "change_by_training": change,
         "difference_from_run": _largest(run, got),
-    }
+    }, warnings
+
+
+def _described(inputs: Inputs) -> str:
+    """The shapes of inputs."""
+    return ", ".join(f"{_format_name(one)} {tuple(one.shape)}" for one in _tensors(inputs)) or "without a tensor"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _count(inputs: Inputs) -> int:

@@ -6,5 +6,6 @@ from collections.abc import Iterable
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """``; did you mean 'rank'?``, or nothing where no known word is close."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    spelt = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(str(word).lower(), list(spelt), n=1)
+    return f"; did you mean {spelt[close[0]]!r}?" if close else ""

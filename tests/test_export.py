@@ -1,5 +1,6 @@
 """Exports, as peft, transformers and torch load them; and runs that begin from an adapter."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -20,7 +21,7 @@ from fedloru_flwr.cli import app
 from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import DataSpec
 from fedloru_flwr.export import ExportError, MismatchError, export
-from fedloru_flwr.lowrank import seeded
+from fedloru_flwr.lowrank import product, seeded
 from fedloru_flwr.models import MLP, AdapterError, FromAdapter, NetworkFactory, PlanError
 from fedloru_flwr.models.peft_files import apply_update, read_adapter
 from fedloru_flwr.models.plan import build_seeded, plan_adapter, plan_model, plan_recorded
@@ -156,7 +157,10 @@ def test_merged_has_the_keys_of_the_plain_network(tmp_path):
     state = load_file(exported.path / "model.safetensors")
     assert set(state) == set(Small().state_dict())
     assert all(torch.equal(state[name], value) for name, value in merged.items())
-    assert exported.report["check"]["difference"] == 0
+    assert exported.report["check"]["difference"] < 1e-5  # from a model in which nothing is merged
+    assert list(exported.report["layers"]) == ["embedding", "block.conv1", "hidden"]
+    assert max(row["relative_error"] for row in exported.report["layers"].values()) < 1e-6
+    assert exported.report["warnings"] == []
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6, 50])
@@ -378,13 +382,15 @@ def test_other_outputs_and_a_merge_of_nothing_are_errors(tmp_path, monkeypatch):
     real = exporting.load_file
 
     def off(path):
-        return {key: value + 0.01 if key == "head.bias" else value for key, value in real(path).items()}
+        return {key: value + 0.01 if key == "hidden.weight" else value for key, value in real(path).items()}
 
     monkeypatch.setattr(exporting, "load_file", off)
-    with pytest.raises(MismatchError, match="outputs that differ by"):
+    with pytest.raises(MismatchError, match=r"other tensors than the run's model: hidden\.weight; nothing"):
         export(tmp_path / "run", "merged", model=Small, inputs=TOKENS)
-    monkeypatch.setattr(exporting, "load_file", lambda path: small().state_dict())
     with pytest.raises(MismatchError, match="outputs that differ by"):
+        export(tmp_path / "run", model=Small, inputs=TOKENS)
+    monkeypatch.setattr(exporting, "load_file", lambda path: small().state_dict())
+    with pytest.raises(MismatchError, match=r"other tensors .* embedding\.weight, .* and \d+ more; nothing"):
         export(tmp_path / "run", "merged", model=Small, inputs=TOKENS)
     assert list((tmp_path / "run" / "export").iterdir()) == []
 
@@ -395,8 +401,116 @@ def test_a_merge_of_nothing_is_an_error_even_where_training_has_changed_little(t
     report = export(tmp_path / "run", "merged", model=FACTORY, inputs=IMAGES).report
     assert 2e-5 < report["check"]["change_by_training"] / report["check"]["largest_output"] < 1e-4
     monkeypatch.setattr(exporting, "load_file", lambda path: FACTORY().state_dict())
-    with pytest.raises(MismatchError, match="outputs that differ by"):
+    with pytest.raises(MismatchError, match=r"other tensors than the run's model: layers\.0\.weight; nothing"):
         export(tmp_path / "run", "merged", model=FACTORY, inputs=IMAGES)
+
+
+def test_rows_of_an_embedding_that_no_sample_has_are_compared_too(tmp_path, monkeypatch):
+    small_run(tmp_path / "run", target_modules="hidden")
+    real = exporting.load_file
+
+    def reverted(path):
+        state = real(path)
+        state["embedding.weight"][10:] = small().embedding.weight.detach()[10:]
+        return state
+
+    monkeypatch.setattr(exporting, "load_file", reverted)
+    with pytest.raises(MismatchError, match=r"other tensors than the run's model: embedding\.weight; nothing"):
+        export(tmp_path / "run", "merged", model=Small, inputs=TOKENS % 10)
+
+
+def coarse():
+    return nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 5)).to(torch.bfloat16)
+
+
+ROWS = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+
+def coarse_run(path, size):
+    leave_run(FedLoRU(coarse, rank=4, alpha=4, target_modules="0", dense_leaves="none", seed=1), path, size=size)
+
+
+def test_an_untouched_bfloat16_base_is_not_taken_for_the_merge(tmp_path, monkeypatch):
+    coarse_run(tmp_path / "run", 0.03)
+    monkeypatch.setattr(exporting, "load_file", lambda path: build_seeded(coarse, 1).state_dict())
+    with pytest.raises(MismatchError, match=r"other tensors than the run's model: 0\.weight; nothing"):
+        export(tmp_path / "run", "merged", model=coarse, inputs=ROWS)
+
+
+def test_a_merge_that_rounds_the_update_away_says_so(tmp_path):
+    coarse_run(tmp_path / "some", 0.005)
+    exported = export(tmp_path / "some", "merged", model=coarse, inputs=ROWS)
+    before = build_seeded(coarse, 1).state_dict()["0.weight"].double()
+    merged = load_file(exported.path / "model.safetensors")["0.weight"].double()
+    kept = read_adapter(build_seeded(coarse, 1), export(tmp_path / "some", model=coarse, inputs=ROWS).path)
+    learnt = product(kept.layers[0], kept.pairs).double()
+    lost = exported.report["layers"]["0"]["relative_error"]
+    assert lost == pytest.approx(float((merged - before - learnt).norm() / learnt.norm()), rel=1e-3)
+    assert lost > 0.1
+    (told,) = (line for line in exported.lines() if "rounding to bfloat16" in line)
+    assert told.startswith("warning: ")
+    assert "--format peft keeps it" in told
+    assert exported.table().row_count == 1
+    coarse_run(tmp_path / "all", 1e-9)
+    with pytest.raises(ExportError, match=r"layer '0': the merge leaves its weight as it was.*bfloat16.*'peft'"):
+        export(tmp_path / "all", "merged", model=coarse, inputs=ROWS)
+
+
+def test_a_wrong_fold_is_told_from_the_pairs_themselves(tmp_path, monkeypatch):
+    small_run(tmp_path / "run")
+    real = exporting.merged_state_dict
+
+    def wrong(*arguments):
+        merged = real(*arguments)
+        return {**merged, "hidden.weight": 0.99 * merged["hidden.weight"]}
+
+    monkeypatch.setattr(exporting, "merged_state_dict", wrong)
+    with pytest.raises(MismatchError, match=r"layer 'hidden': its merged weight is .* away from W_0 \+ B A"):
+        export(tmp_path / "run", "merged", model=Small, inputs=TOKENS)
+    monkeypatch.setattr(exporting, "_merged_layers", lambda trained: ({}, []))
+    with pytest.raises(MismatchError, match="outputs that differ by"):
+        export(tmp_path / "run", "merged", model=Small, inputs=TOKENS)
+
+
+def test_samples_that_say_nothing_of_the_training_are_named(tmp_path):
+    small_run(tmp_path / "run", target_modules="embedding", dense_leaves="none")
+
+    class Silent(Small):
+        def forward(self, x):
+            return super().forward(x) * 0 + 1
+
+    for format in ("peft", "merged"):
+        exported = export(tmp_path / "run", format, model=Silent, inputs=TOKENS)
+        assert exported.report["check"]["change_by_training"] == 0
+        assert any("they say nothing of the export" in line for line in exported.lines())
+
+
+def test_what_a_run_began_from_is_not_replaced(tmp_path):
+    small_run(tmp_path / "first")
+    adapter = export(tmp_path / "first", output_dir=tmp_path / "adapter", model=Small, inputs=TOKENS).path
+    factory = FromAdapter(Small, str(adapter))
+    leave_run(FedLoRU(factory, rank=2, alpha=2, target_modules="hidden", seed=4), tmp_path / "second")
+    (tmp_path / "other").symlink_to(adapter)
+    (tmp_path / "export.json").write_text("{}")
+    for place in (adapter, tmp_path / "other", tmp_path):
+        with pytest.raises(ExportError, match="holds what the run began from \\(init-adapter = "):
+            export(tmp_path / "second", output_dir=place, model=factory, inputs=TOKENS)
+    assert (adapter / "adapter_model.safetensors").exists()
+    export(tmp_path / "second", model=factory, inputs=TOKENS)
+
+
+def test_inputs_and_places_that_cannot_be_are_named(tmp_path):
+    small_run(tmp_path / "run")
+    (tmp_path / "file").touch()
+    for settings, message in [
+        ({"inputs": torch.ones(2, 3)}, "inputs: Small cannot be called with the sample inputs (float32 (2, 3)): "),
+        ({"inputs": [1, 2]}, "inputs are of type list: expected a tensor, a tuple of arguments or a dict"),
+        ({"inputs": TOKENS, "output_dir": tmp_path / "file" / "x"}, f"output-dir = '{tmp_path}/file/x' cannot be"),
+        ({"inputs": TOKENS, "format": "PEFT"}, "did you mean 'peft'?"),
+    ]:
+        with pytest.raises(ExportError) as refusal:
+            export(tmp_path / "run", **settings, model=Small)
+        assert message in str(refusal.value)
 
 
 def test_an_export_is_replaced_by_the_next(tmp_path):
@@ -628,6 +742,22 @@ def test_the_command_takes_the_model_and_inputs_of_an_app_of_ones_own(tmp_path, 
     outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 0, outcome.output
     assert "compared on 2 sample inputs" in outcome.output
+    assert "which training has changed by" in outcome.output
+    with (tmp_path / "my_own_app.py").open("a") as file:
+        file.write("tensor = torch.ones(2, 12)\ndef nothing(): pass\ndef failing(): return {}['x']\n")
+        file.write("def wide(): return torch.ones(2, 13)\n")
+    sys.modules.pop("my_own_app")
+    importlib.invalidate_caches()
+    for given, message in [
+        ("my_own_app", "--inputs = 'my_own_app' must be of the form package.module:name"),
+        ("my_own_app:tensor", "--inputs = 'my_own_app:tensor' is a Tensor: expected a function"),
+        ("my_own_app:nothing", "--inputs = 'my_own_app:nothing' returned None"),
+        ("my_own_app:failing", "--inputs = 'my_own_app:failing' failed with KeyError: 'x'"),
+        ("my_own_app:wide", "inputs: Sequential cannot be called with the sample inputs (float32 (2, 13))"),
+    ]:
+        outcome = CliRunner().invoke(app, [*arguments[:-1], given])
+        assert outcome.exit_code == 2
+        assert message in outcome.output, outcome.output
 
 
 def documented(first_line):

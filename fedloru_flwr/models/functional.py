@@ -116,6 +116,18 @@ class FunctionalModel:
             yield lambda x: self._compute(x, 0)
 
     @contextmanager
+    def as_module(self, values: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """The model of one client as a module, to be called inside the ``with`` with whatever the plain model takes.
+
+        Pairs may be of any rank. The arguments are those of `forward`.
+        """
+        self._form = 0, False
+        for part in self._parts:
+            part.clients, part.channels_last = self._form
+        with self._installed(self._by_name(values, base)):
+            yield self._module
+
+    @contextmanager
     def holding_clients(
         self, values: Mapping[str, Tensor], base: Mapping[str, Tensor], clients: int
     ) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -25,9 +25,14 @@ class _Memory:
     """Bytes by part."""
 
     @property
-    def total(self) -> int:
+    def at_least(self) -> int:
         """All parts that are known."""
         return sum(size or 0 for size in vars(self).values())
+
+    @property
+    def total(self) -> int | None:
+        """All parts; None where one is not known."""
+        return None if None in vars(self).values() else self.at_least
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def client_memory(
     rehearsal: Rehearsal,
     model: nn.Module,
     inputs: Tensor,
-    known: dict[object, int | None],
+    known: dict[object, int | str],
 ) -> ClientMemory:
     """What a client of the highest rank needs.
 
@@ -88,7 +93,7 @@ def client_memory(
         rehearsal: of the run, over.
         model: the plain model, on any device.
         inputs: one batch, on the meta device.
-        known: activations told before, by what they depend on; filled.
+        known: activations told before, or why they cannot be told, by what they depend on; filled.
     """
     plan, settings = strategy.plan, strategy.settings
     method = client_method(settings.method)
@@ -117,7 +122,7 @@ def client_memory(
         optimizer=moments * trained,
         corrections=(bool(config.proximal_mu) + 2 * config.scaffold) * trained + residuals,
         received=rehearsal.received_bytes,
-        activations=known[key],
+        activations=told if isinstance(told := known[key], int) else None,
     )
 
 
@@ -127,8 +132,8 @@ def _is_double(model: nn.Module, name: str) -> bool:
 
 def activations(
     model: nn.Module, strategy: FederatedStrategy, layout: Layout, trained: set[str], inputs: Tensor
-) -> int | None:
-    """Bytes that autograd saves in a forward pass and the loss, but for weights; None where the model cannot be told.
+) -> int | str:
+    """Bytes that autograd saves in a forward pass and the loss, but for weights; or why they cannot be told.
 
     The forward pass is run on the meta device, without numbers; a model that decides by values cannot be run so.
 
@@ -162,8 +167,8 @@ def activations(
             logits = getattr(outputs, "logits", outputs)
             logits = logits.flatten(0, -2)
             functional.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long, device="meta"))
-    except Exception:  # whatever a model does that needs numbers
-        return None
+    except Exception as error:  # whatever a model does that needs numbers, or other inputs
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return sum(int(storage.nbytes()) for place, storage in saved.items() if place not in weights)
 
 

@@ -63,12 +63,15 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
         "memory of a client (activations estimated)",
         names,
         {part: [getattr(method.client, part) or 0 for method in methods] for part in parts},
+        [method.client.total is not None for method in methods],
     )
     atomic.write_bytes(path, as_picture(figure, "svg" if Path(path).suffix == ".svg" else "png"))
 
 
-def _bars(axes: "Axes", title: str, names: Sequence[str], parts: dict[str, list[int]]) -> None:
-    """Stacked bars, the first name on top, each with its sum at the end."""
+def _bars(
+    axes: "Axes", title: str, names: Sequence[str], parts: dict[str, list[int]], whole: Sequence[bool] = ()
+) -> None:
+    """Stacked bars, the first name on top, each with its sum at the end, as "more than" where it is not the whole."""
     from matplotlib.ticker import MaxNLocator
 
     ends = [0] * len(names)
@@ -78,9 +81,8 @@ def _bars(axes: "Axes", title: str, names: Sequence[str], parts: dict[str, list[
             axes.barh(places, sizes, left=ends, color=colour, label=part, height=0.7)
             ends = [end + size for end, size in zip(ends, sizes, strict=True)]
     for place, end in zip(places, ends, strict=True):
-        axes.annotate(
-            format_bytes(end), (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5
-        )
+        told = format_bytes(end) if not whole or whole[place] else f"more than {format_bytes(end)}"
+        axes.annotate(told, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
     axes.set_yticks(list(places), list(names), fontsize=9.5, color=INK)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * max([*ends, 1]))

@@ -5,7 +5,7 @@ import importlib.metadata
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,8 @@ class MethodPlan:
             "rounds": [_round_as_json(one) for one in self.rounds],
             "layers": [asdict(layer) for layer in self.layers],
             "catch_up": [asdict(one) for one in self.catch_up],
-            "client_memory": {**asdict(self.client), "total": self.client.total},
-            "server_memory": {**asdict(self.server), "total": self.server.total},
+            "client_memory": _memory_as_json(self.client),
+            "server_memory": _memory_as_json(self.server),
             "transfers": [
                 {"bandwidth": str(t.bandwidth), "longest_round_seconds": t.longest_round, "run_seconds": t.run}
                 for t in self.transfers
@@ -236,7 +236,7 @@ def plan(
     checked = RunConfig.from_mapping({**settings, **dict(config or {})})
     path = None if transformers is None else os.fspath(transformers)
     subject = subject_of(checked, path, sequence_length, examples)
-    activations: dict[object, int | None] = {}
+    activations: dict[object, int | str] = {}
     methods = [_method_plan(checked, subject, bandwidths, activations, ())]
     refused: dict[str, str] = {}
     for algorithm in ALGORITHMS if all_methods else ():
@@ -255,7 +255,7 @@ def plan(
         model_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         methods=tuple(methods),
         refused=refused,
-        assumptions=(*_ALWAYS, *subject.assumptions),
+        assumptions=(*_ALWAYS, *subject.assumptions, *_unknown(activations)),
     )
 
 
@@ -282,7 +282,7 @@ def _method_plan(
     config: RunConfig,
     subject: Subject,
     bandwidths: Sequence[Bandwidth],
-    activations: dict[object, int | None],
+    activations: dict[object, int | str],
     left_out: tuple[str, ...],
 ) -> MethodPlan:
     strategy = build_strategy(config, subject.model, **run_options(config))
@@ -347,6 +347,20 @@ def grouped(layers: Sequence[PlannedLayer]) -> list[tuple[str, int, PlannedLayer
         (re.sub(r"(?<![^.])\d+(?![^.])", "*", of[0].name) if len(of) > 1 else of[0].name, len(of), of[0])
         for of in groups.values()
     ]
+
+
+def _memory_as_json(memory: ClientMemory | ServerMemory) -> dict[str, Any]:
+    """Bytes by part; ``total`` is None where a part is."""
+    return {**asdict(memory), "total": memory.total, "total_at_least": memory.at_least}
+
+
+def _unknown(activations: Mapping[object, int | str]) -> Iterator[str]:
+    """Why activations are not known, for people."""
+    for reason in dict.fromkeys(told for told in activations.values() if isinstance(told, str)):
+        yield (
+            "activations (?) are not in the sums, which are more than that: the model's forward pass cannot be run "
+            f"without numbers on a batch such as is planned ({reason})"
+        )
 
 
 def _round_as_json(planned: PlannedRound) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fedloru_flwr.plan.planning import MethodPlan, Plan, grouped
 from fedloru_flwr.runs.units import format_bytes, format_duration
 
 _UNKNOWN = "?"
+_NAME_WIDTH = 12
 
 
 def as_tables(plan: Plan) -> RenderableType:
@@ -44,10 +45,11 @@ def _parts(plan: Plan) -> Iterator[RenderableType]:
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column(first)
+    """A table whose first column is folded where the terminal is narrow, so that nothing is lost; numbers never are."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=0)
+    table.add_column(first, overflow="fold", min_width=_NAME_WIDTH)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column.replace(" ", "\n", 1), justify="right", no_wrap=True)
     return table
 
 
@@ -70,10 +72,13 @@ def _methods(plan: Plan) -> Table:
 
 
 def _layers(method: MethodPlan) -> Table:
-    table = _table(f"{method.algorithm}: what is trained", "layer", "kind", "shape", "rank", "numbers", "of", "in all")
+    table = _table(
+        f"{method.algorithm}: what is trained", "layer", "times", "kind", "shape", "rank", "numbers", "of", "in all"
+    )
     for name, count, layer in grouped(method.layers):
         table.add_row(
-            name if count == 1 else f"{name}  ({count} times)",
+            name,
+            str(count),
             layer.kind,
             " x ".join(map(str, layer.shape)) or "1",
             str(layer.rank) if layer.rank else "",
@@ -99,7 +104,8 @@ def _memory(method: MethodPlan) -> Table:
             size = getattr(memory, part.name)
             told = f"{part.name} (estimate)" if part.name == "activations" else part.name
             table.add_row(where, told, _UNKNOWN if size is None else format_bytes(size))
-        table.add_row(where, "in all", format_bytes(memory.total), end_section=True)
+        known = format_bytes(memory.at_least)
+        table.add_row(where, "in all", known if memory.total is not None else f"more than {known}", end_section=True)
     return table
 
 

@@ -1,5 +1,6 @@
 """What a plan is of: a model without its weights, a batch, and how many samples each client has."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedloru_flwr import wire
-from fedloru_flwr.config import ConfigError, RunConfig
+from fedloru_flwr.config import ConfigError, RunConfig, name_to_key
 from fedloru_flwr.data import DataSpec, partition_indices
 from fedloru_flwr.data.loading import held_out_count
 from fedloru_flwr.models import build_seeded
@@ -29,6 +30,34 @@ from fedloru_flwr.workload import (
 
 _BUILT_PARAMETERS = 50_000_000
 _ASSUMED_EXAMPLES = 100
+# What a plan of a transformers model does not look at.
+_OF_THE_WORKLOAD = (
+    "dataset",
+    "data_path",
+    "label_column",
+    "input_columns",
+    "classes",
+    "num_classes",
+    "input_shape",
+    "partitioner",
+    "dirichlet_alpha",
+    "shards_per_client",
+    "min_partition_size",
+    "test_fraction",
+    "glyph_samples",
+    "glyph_size",
+    "glyph_noise",
+    "glyph_seed",
+    "max_length",
+    "packing",
+    "prompt_template",
+    "gradient_checkpointing",
+    "base_precision",
+    "model_width",
+    "hidden",
+    "norm",
+    "init_adapter",
+)
 
 
 @dataclass(frozen=True)
@@ -90,13 +119,14 @@ def subject_of(
         raise ConfigError(
             f"sequence-length = {sequence_length} and examples = {examples}: expected at least 1 token and 0 examples"
         )
+    check_init_adapter(config)
     if transformers is not None:
         told = "the weights are taken to be all different, as pretrained ones are"
-        model = _transformers_model(str(transformers))
-        inputs = torch.empty(config.batch_size, sequence_length, dtype=torch.long, device="meta")
+        model, assumed = _transformers_model(str(transformers))
+        inputs = _batch(config, model, sequence_length)
         train, held_out, more = _assumed_samples(config, examples)
-        return Subject(f"{transformers}", model, inputs, train, held_out, {}, (told, more))
-    check_init_adapter(config)
+        granted = (told, more, *assumed, *_without_effect(config))
+        return Subject(f"{transformers}", model, inputs, train, held_out, {}, granted)
     assumptions: tuple[str, ...] = ()
     is_told = bool(examples) if config.pretrained else bool(config.sample_shape and config.num_classes)
     if config.dataset == "clients" or (config.dataset.startswith("hub:") and is_told):
@@ -176,11 +206,41 @@ def _steps(count: int, batch_size: int, joins_single: bool) -> int:
     return -(-count // batch_size) - int(joined)
 
 
-def _transformers_model(source: str) -> nn.Module:
-    """A model of the transformers library on the meta device, from its configuration alone.
+def _without_effect(config: RunConfig) -> tuple[str, ...]:
+    """The settings that a plan of a transformers model does not look at, in words, where some are not the default."""
+    own = () if config.pretrained else ("model", "task")  # with hf: they say what is measured
+    odd = [
+        name_to_key(setting.name)
+        for setting in dataclasses.fields(config)
+        if setting.name in (*_OF_THE_WORKLOAD, *own) and getattr(config, setting.name) != setting.default
+    ]
+    return (f"settings without effect on the plan of a transformers model: {', '.join(odd)}",) if odd else ()
+
+
+def _batch(config: RunConfig, model: nn.Module, sequence_length: int) -> Tensor:
+    """One batch of what the model's first argument is, where that is tokens or images; else tokens.
 
     Raises:
-        ConfigError: the library is not installed, or there is no such configuration.
+        ConfigError: the model cannot take so many tokens.
+    """
+    found = cast("Any", model).config
+    longest = getattr(found, "max_position_embeddings", None)
+    sides, channels = getattr(found, "image_size", None), getattr(found, "num_channels", None)
+    if getattr(model, "main_input_name", "") == "pixel_values" and isinstance(sides, int) and isinstance(channels, int):
+        return torch.empty(config.batch_size, channels, sides, sides, dtype=found.dtype or torch.float32, device="meta")
+    if isinstance(longest, int) and sequence_length > longest:
+        raise ConfigError(
+            f"sequence-length = {sequence_length} is more than the {longest} tokens (max_position_embeddings) that the "
+            f"model can take: expected 1 to {longest}"
+        )
+    return torch.empty(config.batch_size, sequence_length, dtype=torch.long, device="meta")
+
+
+def _transformers_model(source: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """A model of the transformers library on the meta device, from its configuration alone, and what was assumed.
+
+    Raises:
+        ConfigError: the library is not installed, there is no such configuration, or no model can be made of it.
     """
     try:
         import transformers
@@ -193,9 +253,20 @@ def _transformers_model(source: str) -> nn.Module:
             f"transformers = {source!r} has no configuration that can be read (expected a config.json, a directory "
             f"with one, or a name on the hub): {str(error).strip().partition(chr(10))[0]}"
         ) from error
-    named = (found.architectures or ["AutoModelForCausalLM"])[0]
-    architecture = getattr(transformers, named, None)
-    make: Callable[..., Any] = getattr(architecture, "_from_config", transformers.AutoModelForCausalLM.from_config)
+    named = next(iter(found.architectures or ()), "")
+    make: Callable[..., Any] | None = getattr(getattr(transformers, named or "?", None), "_from_config", None)
+    assumed: tuple[str, ...] = ()
+    if make is None:
+        why = f"names {named!r}, which the library does not have" if named else "names no architecture"
+        assumed = (f"the model is taken to be a causal language model: its configuration {why}",)
+        make = transformers.AutoModelForCausalLM.from_config
     dtype = getattr(found, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        return cast("nn.Module", make(found, dtype=dtype))
+    try:
+        with torch.device("meta"):
+            return cast("nn.Module", make(found, dtype=dtype)), assumed
+    except Exception as error:  # whatever a model does with a configuration that is not for it
+        raise ConfigError(
+            f"transformers = {source!r}: no {named or 'causal language model'} can be made of this configuration "
+            f'({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}): expected "architectures" in '
+            "it to name a class of the transformers library that fits it"
+        ) from error

@@ -12,11 +12,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fedloru_flwr.cli import app
-from fedloru_flwr.config import ConfigError
+from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.plan import Bandwidth, plan
 from fedloru_flwr.plan.command import show_plan
+from fedloru_flwr.plan.picture import draw_plan
 from fedloru_flwr.plan.planning import grouped
+from fedloru_flwr.plan.report import as_tables
 from fedloru_flwr.registry import ALGORITHMS
+from fedloru_flwr.runs.units import format_bytes
+from fedloru_flwr.workload import check_init_adapter
 
 SMALL = {
     "num-clients": 6,
@@ -185,6 +189,101 @@ def test_layers_that_differ_by_a_number_are_shown_as_one(tmp_path):
         ("model.layers.*.self_attn.q_proj", 3),
         ("model.layers.*.self_attn.v_proj", 3),
     ]
+
+
+def test_every_name_and_number_can_be_read_on_eighty_columns(tmp_path):
+    # Full-sized layers have the widest numbers; two of them are enough.
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_3_8B, "num_hidden_layers": 2}))
+    settings = {**SMALL, "target-modules": "q_proj,v_proj,down_proj", "dense-leaves": "none", "rank": 16}
+    found = plan(None, {**settings, "batch-size": 1}, transformers=tmp_path, sequence_length=16)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(as_tables(found), highlight=False)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    begin = next(number for number, line in enumerate(lines) if "what is trained" in line)
+    end = next(number for number, line in enumerate(lines) if "catching up" in line)
+    folded = "".join(line[1:].partition(" ")[0] for line in lines[begin:end])
+    names = [name for name, _, _ in grouped(found.methods[0].layers)]
+    assert len(names) == 3
+    for name in names:
+        assert name in folded
+    for _, _, layer in grouped(found.methods[0].layers):
+        assert any(f"{layer.trainable:,}" in line and f"{layer.parameters:,}" in line for line in lines)
+
+
+def of_a_model(directory, configuration, sequence_length=16, **settings):
+    (directory / "config.json").write_text(json.dumps(configuration))
+    given = {"num-clients": 2, "num-server-rounds": 1, "batch-size": 2, "dense-leaves": "none", **settings}
+    return plan(None, given, transformers=directory, sequence_length=sequence_length)
+
+
+WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+BERT = {"model_type": "bert", "vocab_size": 50, "max_position_embeddings": 64, **WIDTHS}
+VIT = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 16, "patch_size": 8, **WIDTHS}
+T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 32, "d_kv": 16, "d_ff": 48}
+
+
+def test_memory_of_which_a_part_is_unknown_is_told_as_more_than_the_rest(tmp_path):
+    found = of_a_model(tmp_path, {**T5, "num_layers": 1, "num_heads": 2, "vocab_size": 50}, **{"target-modules": "q"})
+    client = found.methods[0].client
+    assert client.activations is None
+    assert client.total is None
+    assert client.at_least == client.weights + client.gradients + client.optimizer + client.received
+    told = found.as_json()["methods"][0]["client_memory"]
+    assert (told["total"], told["total_at_least"]) == (None, client.at_least)
+    (why,) = (one for one in found.assumptions if "activations (?)" in one)
+    assert "ValueError: You must specify" in why
+    console = Console(file=io.StringIO(), width=100)
+    console.print(as_tables(found), highlight=False)
+    assert f"more than {format_bytes(client.at_least)}" in console.file.getvalue()
+    pictures = []
+    for one in (found, plan(None, SMALL)):
+        draw_plan(one, tmp_path / "plan.svg")
+        pictures.append("more than" in (tmp_path / "plan.svg").read_text())
+    assert pictures == [True, False]
+
+
+def test_images_are_planned_as_images(tmp_path):
+    client = of_a_model(tmp_path, VIT, **{"target-modules": "q_proj,v_proj"}).methods[0].client
+    assert client.activations > 4 * 2 * 3 * 16 * 16
+    assert client.total == client.at_least
+
+
+def test_more_tokens_than_the_model_can_take_are_refused(tmp_path):
+    told = {**BERT, "architectures": ["BertForSequenceClassification"]}
+    with pytest.raises(ConfigError, match=r"sequence-length = 65 is more than the 64 tokens .*: expected 1 to 64"):
+        of_a_model(tmp_path, told, sequence_length=65, **{"target-modules": "query"})
+    assert of_a_model(tmp_path, told, sequence_length=64, **{"target-modules": "query"}).methods[0].client.activations
+
+
+def test_an_architecture_that_is_missing_or_unknown_is_told(tmp_path):
+    for named, told in (([], "names no architecture"), (["MyBert"], "names 'MyBert', which the library does not have")):
+        found = of_a_model(tmp_path, {**BERT, "architectures": named}, **{"target-modules": "query"})
+        assert any("causal language model" in one and told in one for one in found.assumptions)
+    with pytest.raises(ConfigError, match="no causal language model can be made of this configuration") as refusal:
+        of_a_model(tmp_path, {"model_type": "resnet"})
+    assert "\n" not in str(refusal.value)
+
+
+def test_settings_that_a_transformers_model_makes_idle_are_named_and_an_adapter_must_be_there(tmp_path):
+    told = {**BERT, "architectures": ["BertForSequenceClassification"]}
+    found = of_a_model(tmp_path, told, hidden="7", dataset="glyphs", **{"target-modules": "query"})
+    (idle,) = (one for one in found.assumptions if "without effect" in one)
+    assert idle.endswith(": dataset, hidden")
+    assert not any("without effect" in one for one in plan(None, SMALL).assumptions)
+    with pytest.raises(ConfigError, match="is no directory"):
+        of_a_model(tmp_path, told, **{"init-adapter": str(tmp_path / "none")})
+
+
+def test_a_path_below_the_home_directory_is_one_for_every_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"init-adapter": "~/one", "data-path": "~/two", "model": "hf:~/three"}
+    given = RunConfig.from_mapping({"dataset": "local", **paths})
+    assert (given.init_adapter, given.data_path) == (str(tmp_path / "one"), str(tmp_path / "two"))
+    assert given.pretrained == str(tmp_path / "three")
+    (tmp_path / "one").mkdir()
+    check_init_adapter(given)
 
 
 PLAN_LLAMA = """
