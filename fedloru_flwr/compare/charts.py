@@ -1,12 +1,11 @@
 """The report's pictures, as SVG: the same bytes for the same numbers, a method looking the same in all of them."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedloru_flwr.compare import measures
-from fedloru_flwr.compare.drawing import GREY, INK, Look, as_svg, explain, figure_of, looks
+from fedloru_flwr.compare.drawing import GREY, INK, Look, as_svg, explain, figure_of, looks, picture_name
 from fedloru_flwr.compare.judged import Comparison, Judged, same_but
 from fedloru_flwr.compare.measures import Metric, Stat
 from fedloru_flwr.compare.records import Record
@@ -40,7 +39,7 @@ def files(comparison: Comparison) -> dict[str, bytes]:
         *(chart for metric in METRIC_NAMES for chart in accuracy_charts(comparison, metric, alone=True)),
         *gap_charts(comparison, alone=True),
     ]
-    return {f"{re.sub(r'[^a-z0-9.]+', '-', chart.title.lower()).strip('-')}.svg": chart.svg for chart in charts}
+    return {f"{picture_name(chart.title)}.svg": chart.svg for chart in charts}
 
 
 def accuracy_charts(comparison: Comparison, metric: Metric, *, alone: bool = False) -> list[Chart]:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,3 +92,8 @@ def as_picture(figure: "Figure", kind: Literal["svg", "png"]) -> bytes:
     with rc_context({"svg.hashsalt": "fedloru", "svg.fonttype": "path"}):
         figure.savefig(buffer, format=kind, metadata=metadata)
     return buffer.getvalue()
+
+
+def picture_name(title: str) -> str:
+    """A file's name, without its ending, that says what the picture says: letters from a to z, digits, dots."""
+    return re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-")

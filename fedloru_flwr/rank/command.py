@@ -21,6 +21,7 @@ from fedloru_flwr.rank import advice as advising
 from fedloru_flwr.rank import pictures, summary
 from fedloru_flwr.rank.spec import Measure, RankSpec, Training, read_rank_spec
 from fedloru_flwr.rank.unit import Subject, UnitFiles, ledger_rows, pilot_evidence
+from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.runs import RunDirectory
 
 StrPath = str | os.PathLike[str]
@@ -99,7 +100,7 @@ def rank(
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     asked = read_rank_spec(path)
-    spec = _pilot(asked) if advise else asked
+    spec, whose = _pilot(asked) if advise else (asked, "")
     default = Path("runs") / f"{'advice' if advise else 'rank'}-{spec.name}"
     directory = (default if output_dir is None else Path(output_dir)).expanduser().absolute()
     try:
@@ -110,7 +111,7 @@ def rank(
     with only_one(directory) as lock:
         failures = _carry_out(units, directory, jobs or os.cpu_count() or 1, lock, console)
     if advise:
-        return _advised(asked, units[0], directory, failures, console)
+        return _advised(asked, units[0], whose, directory, failures, console)
     rows = [row for unit in units for row in _rows(unit)]
     return _leave(spec.title, spec.seeds, rows, directory, failures, console)
 
@@ -223,28 +224,53 @@ def _leave(
     return Analysis(directory, tuple(rows), failures)
 
 
-def _pilot(spec: RankSpec) -> RankSpec:
-    """A full-rank training of the same data and network, of which the weights of every round are kept."""
-    clients = spec.clients(spec.seeds[0])
-    count = min(PILOT_ROUNDS, int(clients["num-server-rounds"]))
-    own = {key: value for key, value in clients.items() if key in spec.settings}
+def _pilot(spec: RankSpec) -> tuple[RankSpec, str]:
+    """A full-rank training of the clients' data and network, of which the weights of every round are kept.
+
+    Its settings are those of the first ``fedavg`` training of several clients, which has the learning rate that suits
+    full rank; else the common ones. Also returned: whose they are, for people.
+    """
+    seed = spec.seeds[0]
+    own, whose = {key: value for key, value in spec.clients(seed).items() if key in spec.settings}, "the common ones"
+    for training in spec.trainings:
+        resolved = spec.resolved(training, seed)
+        if resolved["algorithm"] == "fedavg" and int(resolved["num-clients"]) > 1:
+            own, whose = {**spec.settings, **training.settings}, f"those of {training.label!r}"
+            break
+    count = min(PILOT_ROUNDS, RunConfig.from_mapping({**own, "algorithm": "fedavg"}).num_server_rounds)
     own |= {"algorithm": "fedavg", "num-server-rounds": count, "fraction-evaluate": 0.0, "evaluate-in-training": False}
     measure = Measure(tuple(range(count + 1)), (), clients=0, threads=spec.measure.threads)
-    return RankSpec(spec.name, spec.title, spec.seeds[:1], measure, own, (Training("pilot", "pilot", {}),))
+    return RankSpec(spec.name, spec.title, spec.seeds[:1], measure, own, (Training("pilot", "pilot", {}),)), whose
 
 
-def _advised(spec: RankSpec, unit: _Unit, directory: Path, failures: tuple[str, ...], console: Console) -> Analysis:
+def _factorised(spec: RankSpec) -> tuple[RunConfig, str]:
+    """What the advice is for, and whose settings these are: the first training of factors, else the common ones.
+
+    A central training, or one of full rank, says nothing of ``C`` and of the factors' scale.
+    """
+    for training in spec.trainings:
+        config = RunConfig.from_mapping(spec.resolved(training, spec.seeds[0]))
+        if ALGORITHMS[config.algorithm].factorised:
+            return config, f"those of {training.label!r}"
+    common = {key: value for key, value in spec.settings.items() if key in ("fraction-train", "alpha", "rank")}
+    return RunConfig.from_mapping(common), "the common ones"
+
+
+def _advised(
+    spec: RankSpec, unit: _Unit, whose: str, directory: Path, failures: tuple[str, ...], console: Console
+) -> Analysis:
     if failures:
         return Analysis(directory, (), failures)
-    evidence = pilot_evidence(
-        RunConfig.from_mapping(unit.settings), UnitFiles(unit.directory), unit.measure.rounds, _PILOT_CLIENTS
-    )
-    asked = RunConfig.from_mapping(spec.resolved(spec.trainings[0], unit.seed))
+    pilot = RunConfig.from_mapping(unit.settings)
+    evidence = pilot_evidence(pilot, UnitFiles(unit.directory), unit.measure.rounds, _PILOT_CLIENTS)
+    asked, askers = _factorised(spec)
     proposal = advising.advise(evidence, asked.fraction_train)
     scale = asked.alpha / asked.rank
     origin = (
-        f"From a pilot of {unit.settings['num-server-rounds']} rounds of full-rank FedAvg, seed {unit.seed}. A "
-        "heuristic, not a theorem: compare it with the defaults before relying on it."
+        f"From a pilot of {pilot.num_server_rounds} rounds of full-rank FedAvg, learning rate "
+        f"{pilot.learning_rate:g}, seed {unit.seed} (settings: {whose}); for C = {asked.fraction_train:g} of the "
+        f"clients in a round and alpha / rank = {scale:g} (settings: {askers}). A heuristic, not a theorem: compare "
+        "it with the defaults before relying on it."
     )
     text = advising.as_markdown(proposal, scale, origin)
     atomic.write_text(directory / "advice.md", text)

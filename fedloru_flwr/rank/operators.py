@@ -59,13 +59,16 @@ class LossHessian:
         inputs: ``(N, ...)``, any dtype; floating-point ones are brought to the values' dtype.
         targets: ``(N, ...)``.
         loss: of ``(outputs, targets)``, the *mean* over the batch; twice differentiable. Default: cross-entropy.
+            It must be the plain mean of one term a sample wherever samples are taken in chunks: class weights and
+            ignored targets need all samples in one chunk, which ``max_bytes`` decides.
         keys: which values are parameters; the rest is held fixed. None: all.
         device: where to compute; None: where the values are.
         max_bytes: about how much memory the graph of a product may take; samples are taken in as many chunks as that
             needs. Where one chunk suffices, its graph is kept and products cost about half.
 
     Raises:
-        ValueError: there are no samples, inputs and targets differ in number, or keys name no value.
+        ValueError: there are no samples, inputs and targets differ in number, keys name no value; at the first product
+            or gradient, the loss is no plain mean and samples are taken in chunks.
     """
 
     def __init__(
@@ -194,23 +197,53 @@ class LossHessian:
         """Each chunk's part of the mean loss."""
         if not self._chunk:
             self._chunk = self._affordable()
+            if self._chunk < self.points:
+                self._check_plain_mean()
         for start in range(0, self.points, self._chunk):
             yield self._loss_of(start, min(start + self._chunk, self.points))
 
     def _loss_of(self, start: int, end: int) -> Tensor:
-        inputs = self._inputs[start:end].to(self.device)
-        inputs = inputs.to(self.dtype) if inputs.is_floating_point() else inputs
-        targets = self._targets[start:end].to(self.device)
-        targets = targets.to(self.dtype) if targets.is_floating_point() else targets
+        return self._mean(self._outputs_of(start, end), start, end) * ((end - start) / self.points)
+
+    def _outputs_of(self, start: int, end: int) -> Tensor:
+        inputs = self._there(self._inputs[start:end])
         # Of attention's kernels only this one can be differentiated twice.
         with sdpa_kernel(SDPBackend.MATH):
-            mean = self._loss(self._outputs({**self._values, **self._parameters}, inputs), targets)
+            return self._outputs({**self._values, **self._parameters}, inputs)
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self.device)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def _mean(self, outputs: Tensor, start: int, end: int) -> Tensor:
+        """The loss of these samples, as it is."""
+        mean = self._loss(outputs, self._there(self._targets[start:end]))
         if mean.numel() != 1:
             raise ValueError(
                 f"the loss must be a single number, the mean over the batch; it has shape {tuple(mean.shape)}: leave "
                 "its reduction at 'mean'"
             )
-        return mean * ((end - start) / self.points)
+        return mean
+
+    def _check_plain_mean(self) -> None:
+        """Compare the loss of all samples with what its chunks make of it."""
+        starts = range(0, self.points, self._chunk)
+        ends = [min(start + self._chunk, self.points) for start in starts]
+        with torch.no_grad():
+            outputs = [self._outputs_of(start, end) for start, end in zip(starts, ends, strict=True)]
+            whole = float(self._mean(torch.cat(outputs), 0, self.points))
+            parts = [
+                float(self._mean(one, start, end)) * ((end - start) / self.points)
+                for one, start, end in zip(outputs, starts, ends, strict=True)
+            ]
+        joined, size = math.fsum(parts), max(abs(whole), math.fsum(map(abs, parts)))
+        # A loss that has diverged is told of by whoever uses the products.
+        if math.isfinite(whole) and not abs(whole - joined) <= math.sqrt(torch.finfo(self.dtype).eps) * size:
+            raise ValueError(
+                f"the loss of all {self.points} samples is {whole:.8g}, but chunks of {self._chunk} give {joined:.8g}: "
+                "taken in chunks it must be the plain mean of one term a sample, without class weights or ignored "
+                f"targets; use such a loss, or raise max_bytes = {self._max_bytes} until one chunk holds all samples"
+            )
 
     def _affordable(self) -> int:
         """How many samples' graphs of the gradient, and of a product, fit into the memory allowed."""

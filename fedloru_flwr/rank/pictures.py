@@ -1,12 +1,11 @@
 """An analysis in pictures: SVG files that stand alone, the same bytes for the same numbers."""
 
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedloru_flwr.compare.drawing import as_svg, explain, figure_of, looks
+from fedloru_flwr.compare.drawing import as_svg, explain, figure_of, looks, picture_name
 
 Row = Mapping[str, Any]
 Lines = Mapping[str, Mapping[int, list[float]]]  # label, round, one value a seed
@@ -37,7 +36,8 @@ def _stable_ranks(rows: Sequence[Row]) -> Lines:
     sizes = sorted({row["points"] for row in rows if row["kind"] == "hessian" and row["of"] == "sample"})
     labels = [f"n = {size}" for size in sizes]
     for row in rows:
-        if row["kind"] == "hessian" and not row["layer"]:
+        # A Hessian of zeros has no stable rank; the table counts those.
+        if row["kind"] == "hessian" and not row["layer"] and row["stable_rank"] > 0:
             label = f"n = {row['points']}" if row["of"] == "sample" else "clients' own samples"
             values[label][row["round"]][row["seed"]].append(row["stable_rank"])
     order = [label for label in (*labels, "clients' own samples") if label in values]
@@ -80,4 +80,4 @@ def _drawn(lines: Lines, title: str, ylabel: str, *, log: bool) -> bytes:
 
 
 def _name(*parts: str) -> str:
-    return f"{re.sub(r'[^a-z0-9.]+', '-', ' '.join(parts).lower()).strip('-')}.svg"
+    return f"{picture_name(' '.join(parts))}.svg"

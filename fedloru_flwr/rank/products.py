@@ -48,13 +48,14 @@ class MatrixRank:
 class EntryShare:
     r"""What one entry ``P = s B A`` adds to those before it.
 
-    With ``Pi_c`` and ``Pi_r`` the projectors on the column and row space of the earlier entries together:
+    With ``Pi_c`` and ``Pi_r`` the projectors on what the column spaces, and the row spaces, of the earlier entries span
+    together, also where the entries cancel out:
 
     Attributes:
         frobenius: ``||P||_F``.
         new_columns: ``||(I - Pi_c) P||_F^2 / ||P||_F^2``, the share in output directions that are new; 0 for ``P = 0``.
         new_rows: ``||P (I - Pi_r)||_F^2 / ||P||_F^2``, the share in input directions that are new.
-        new: ``||(I - Pi_c) P (I - Pi_r)||_F^2 / ||P||_F^2``, the share that is new on both sides: what raises the rank.
+        new: ``||(I - Pi_c) P (I - Pi_r)||_F^2 / ||P||_F^2``, the share that is new on both sides.
         alignment: the cosine between ``P`` and the sum of the earlier ones; below 0 it takes back what they did.
         total: of the sum up to this entry.
     """
@@ -112,11 +113,13 @@ def ledger_ranks(layer: FactorisedLayer, entries: Sequence[Scaled]) -> list[Entr
             a, b = as_pair(layer, adapter)
             pairs.append((b.detach().cpu().double() * scale, a.detach().cpu().double()))
     found = []
+    columns = rows = torch.empty(0)
     with single_thread():
         for index, (b, a) in enumerate(pairs):
+            if not index:
+                columns, rows = b[:, :0], a[:0].T
             before_b = torch.cat([b.new_zeros(len(b), 0), *(one for one, _ in pairs[:index])], dim=1)
             before_a = torch.cat([a.new_zeros(0, a.shape[1]), *(one for _, one in pairs[:index])])
-            columns, rows = _basis(before_b, before_a)
             new_b, new_a = b - columns @ (columns.T @ b), a - (a @ rows) @ rows.T
             own, norm = _norm(b, a), _norm(before_b, before_a)
             inner = float(((b.T @ before_b) * (a @ before_a.T)).sum())
@@ -130,6 +133,9 @@ def ledger_ranks(layer: FactorisedLayer, entries: Sequence[Scaled]) -> list[Entr
                     total=product_rank(torch.cat([before_b, b], dim=1), torch.cat([before_a, a])),
                 )
             )
+            # Of each entry by itself: in the sum of the entries one may hide what another has done.
+            own_columns, own_rows = _basis(b, a)
+            columns, rows = _joined(columns, own_columns), _joined(rows, own_rows)
     return found
 
 
@@ -148,8 +154,6 @@ def _norm(b: Tensor, a: Tensor) -> float:
 
 def _basis(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal bases ``(out, k)`` and ``(in, k)`` of the column and row space of ``B A``."""
-    if not b.numel():
-        return b, a.T
     if b.shape[1] >= min(b.shape[0], a.shape[1]):
         u, s, vh = torch.linalg.svd(b @ a, full_matrices=False)
         columns, rows = u, vh.T
@@ -159,6 +163,14 @@ def _basis(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         columns, rows = left.Q @ u, right.Q @ vh.T
     spanned = s > _SPANNED * s[0] if float(s[0]) else torch.zeros_like(s, dtype=torch.bool)
     return columns[:, spanned], rows[:, spanned]
+
+
+def _joined(basis: Tensor, more: Tensor) -> Tensor:
+    """An orthonormal basis ``(n, k)`` of what two of them span together."""
+    for _ in range(2):  # the second pass takes away what rounding has left
+        more = more - basis @ (basis.T @ more)
+    u, s, _ = torch.linalg.svd(more, full_matrices=False)
+    return torch.cat([basis, u[:, s > _SPANNED]], dim=1)
 
 
 def _share(part: float, whole: float) -> float:

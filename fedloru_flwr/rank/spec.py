@@ -1,11 +1,13 @@
 """What is measured: a CONF.toml of trainings, rounds, sample sizes and clients, checked before anything runs."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from fedloru_flwr.compare.drawing import picture_name
 from fedloru_flwr.compare.spec import Values
 from fedloru_flwr.config import ConfigError, RunConfig, name_to_key, read_toml
 from fedloru_flwr.registry import ALGORITHMS
@@ -155,6 +157,7 @@ class _Reader:
             if not isinstance(label, str) or not label.strip():
                 raise self._fault(where, f"label = {label!r} must be a text")
             trainings.append(Training(key, label.strip(), self._settings(own, where)))
+        self._apart([training.label for training in trainings])
         title = content.get("title", name)
         if not isinstance(title, str):
             raise self._fault("", f"title = {title!r} must be a text")
@@ -162,6 +165,15 @@ class _Reader:
         spec = RankSpec(name, title, seeds, self._measure(content.get("measure", {})), settings, tuple(trainings))
         self.check(spec)
         return spec
+
+    def _apart(self, labels: Sequence[str]) -> None:
+        """Tables tell trainings apart by their labels, and pictures by the labels' file names."""
+        for label, other in itertools.combinations(labels, 2):
+            if label == other:
+                raise self._fault("trainings", f"two trainings have the label {label!r}: give each one of its own")
+            if picture_name(label) == picture_name(other):
+                told = f"the labels {label!r} and {other!r} give their pictures one file name, {picture_name(label)!r}"
+                raise self._fault("trainings", f"{told}: let them differ in a letter from a to z or a digit")
 
     def check(self, spec: RankSpec) -> None:
         """Check the settings of every training, and what they make of what is measured."""

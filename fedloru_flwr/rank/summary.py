@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedloru_flwr.rank.unit import LEDGER
 
@@ -70,6 +70,7 @@ class Claim:
         ratio: geometric mean of small over whole, over the seeds; over all rounds each seed counts once.
         larger: in how many of ``pairs`` (seed, round, draw) the small sample's was larger.
         pairs: how many there are.
+        left_out: pairs beside these that have no ratio, since one of the two Hessians is zero.
     """
 
     training: str
@@ -82,6 +83,15 @@ class Claim:
     ratio: Interval | None
     larger: int
     pairs: int
+    left_out: int = 0
+
+    @property
+    def told_left_out(self) -> str:
+        """How many of all pairs were left out, with the reason; empty for none."""
+        if not self.left_out:
+            return ""
+        whose = "its Hessian is" if self.left_out == 1 else "their Hessians are"
+        return f"{self.left_out} of {self.pairs + self.left_out} left out: {whose} zero"
 
 
 def claims(rows: Iterable[Row], layer: str = "") -> list[Claim]:
@@ -99,44 +109,48 @@ def claims(rows: Iterable[Row], layer: str = "") -> list[Claim]:
         for points in sorted(by_points):
             if points == most:
                 continue
-            small = by_points[points]
-            keys = [key for key in small if whole.get(key, 0.0) > 0 and min(small[key]) > 0]
-            rounds: list[int | str] = [*sorted({at for _, at in keys}), ALL_ROUNDS]
+            pairs = [
+                _Pair(*key, one, whole[key]) for key, own in by_points[points].items() if key in whole for one in own
+            ]
+            rounds: list[int | str] = [*sorted({pair.server_round for pair in pairs}), ALL_ROUNDS]
             for at in rounds:
-                made.append(_claim(training, space, layer, at, (points, most), keys, small, whole))
+                chosen = [pair for pair in pairs if at in (ALL_ROUNDS, pair.server_round)]
+                made.append(_claim(training, space, layer, at, (points, most), chosen))
     return made
 
 
+class _Pair(NamedTuple):
+    """A small sample and the whole that it is part of."""
+
+    seed: int
+    server_round: int
+    small: float
+    whole: float
+
+
 def _claim(
-    training: str,
-    space: str,
-    layer: str,
-    at: int | str,
-    points: tuple[int, int],
-    keys: Sequence[tuple[int, int]],
-    small: Mapping[tuple[int, int], list[float]],
-    whole: Mapping[tuple[int, int], float],
+    training: str, space: str, layer: str, at: int | str, points: tuple[int, int], pairs: Sequence[_Pair]
 ) -> Claim:
-    chosen = [key for key in keys if at in (ALL_ROUNDS, key[1])]
-    by_seed: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for key in chosen:
-        by_seed[key[0]].append(key)
-    logs = [
-        statistics.fmean([math.log(one / whole[key]) for key in own for one in small[key]]) for own in by_seed.values()
-    ]
-    ratio = Interval.of(logs)
-    compared = [one > whole[key] for key in chosen for one in small[key]]
+    by_seed: dict[int, list[_Pair]] = defaultdict(list)
+    for pair in pairs:
+        if pair.small > 0 and pair.whole > 0:
+            by_seed[pair.seed].append(pair)
+    chosen = [pair for own in by_seed.values() for pair in own]
+    ratio = Interval.of(
+        [statistics.fmean([math.log(pair.small / pair.whole) for pair in own]) for own in by_seed.values()]
+    )
     return Claim(
         training=training,
         space=space,
         layer=layer,
         server_round=at,
         points=points,
-        small=[statistics.fmean([one for key in own for one in small[key]]) for own in by_seed.values()],
-        whole=[statistics.fmean([whole[key] for key in own]) for own in by_seed.values()],
+        small=[statistics.fmean([pair.small for pair in own]) for own in by_seed.values()],
+        whole=[statistics.fmean([pair.whole for pair in own]) for own in by_seed.values()],
         ratio=None if ratio is None else ratio.mapped(math.exp),
-        larger=sum(compared),
-        pairs=len(compared),
+        larger=sum(pair.small > pair.whole for pair in chosen),
+        pairs=len(chosen),
+        left_out=len(pairs) - len(chosen),
     )
 
 
@@ -147,7 +161,10 @@ def verdict(claim: Claim) -> str:
         f"{claim.training}, {_SPACE_NAMES[claim.space]}: n = {small} has the larger stable rank in {claim.larger} of "
     )
     told += f"{claim.pairs} pairs with n = {whole}"
-    if claim.ratio is None or claim.ratio.low is None or claim.ratio.high is None:
+    told += f" ({claim.told_left_out})" if claim.left_out else ""
+    if claim.ratio is None:
+        return f"{told}; there is nothing to compare."
+    if claim.ratio.low is None or claim.ratio.high is None:
         return f"{told}; a single seed says nothing of chance."
     told += f"; ratio {claim.ratio.shown()} (95 %)"
     if claim.ratio.low > 1:
@@ -200,8 +217,8 @@ def _stable_ranks(rows: Sequence[Row], whole: Sequence[Claim]) -> str:
                 _spread(claim.small),
                 _spread(claim.whole),
                 claim.ratio.shown() if claim.ratio else NONE,
-                f"{claim.larger} of {claim.pairs}",
-                _spread([statistics.fmean(values) for values in own.values()]),
+                _larger(claim),
+                _clients(list(own.values())),
             ]
         )
     odd = sum(row["kind"] == "hessian" and not row["converged"] for row in rows)
@@ -209,10 +226,25 @@ def _stable_ranks(rows: Sequence[Row], whole: Sequence[Claim]) -> str:
         "Stable rank of the loss Hessian, squared Frobenius norm over squared spectral norm, on nested samples: mean ± "
         "sample standard deviation over the seeds. Ratio: geometric mean of small over whole, paired by seed, with its "
         "95 % confidence interval; over all rounds, each seed counts once. Larger: pairs in which the small sample's "
-        f"is. Clients: on clients' own training samples. {odd} of the measurements did not reach their tolerance."
+        "is. Clients: on clients' own training samples. A Hessian of zeros has no stable rank: it is left out, and "
+        f"counted where it is. {odd} of the measurements did not reach their tolerance."
     )
     heads = ["training", "of", "round", "n", "small", "whole", "ratio", "larger", "clients"]
     return _table("Stable rank, client against server", caption, heads, lines, texts=3)
+
+
+def _larger(claim: Claim) -> str:
+    told = f"{claim.larger} of {claim.pairs}"
+    return f"{told} ({claim.told_left_out})" if claim.left_out else told
+
+
+def _clients(by_seed: Sequence[Sequence[float]]) -> str:
+    """Mean over the seeds of the means over clients, without the Hessians of zeros."""
+    there = [[value for value in own if value > 0] for own in by_seed]
+    told = _spread([statistics.fmean(own) for own in there if own])
+    count = sum(map(len, by_seed))
+    zeros = count - sum(map(len, there))
+    return f"{told} ({zeros} of {count} left out)" if zeros else told
 
 
 def _layers(rows: Sequence[Row]) -> str:
@@ -226,7 +258,7 @@ def _layers(rows: Sequence[Row]) -> str:
             _spread(claim.small),
             _spread(claim.whole),
             claim.ratio.shown() if claim.ratio else NONE,
-            f"{claim.larger} of {claim.pairs}",
+            _larger(claim),
         ]
         for name in names
         for claim in claims(rows, name)

@@ -2,13 +2,16 @@
 
 import io
 import tomllib
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from fedloru_flwr.config import ConfigError
-from fedloru_flwr.rank.command import rank
-from fedloru_flwr.rank.spec import parse_rank_spec
+from fedloru_flwr.rank import command
+from fedloru_flwr.rank.advice import Evidence
+from fedloru_flwr.rank.command import _factorised, _pilot, rank
+from fedloru_flwr.rank.spec import parse_rank_spec, read_rank_spec
 from fedloru_flwr.rank.unit import carry_out
 
 SETTINGS = """
@@ -87,6 +90,48 @@ def test_advice_comes_from_a_pilot(tmp_path):
     text = (tmp_path / "out" / "advice.md").read_text()
     assert f"rank = {found.advice.rank}" in text
     assert "pilot of 2 rounds" in text
+
+
+def test_after_a_central_training_advice_is_still_for_the_federation(tmp_path, monkeypatch):
+    conf = tmp_path / "central-first.toml"
+    full = '[trainings.full]\nalgorithm = "fedavg"\nlearning-rate = 0.03\n[trainings.fedloru]'
+    conf.write_text(
+        ANALYSIS.replace("num-clients = 1", "num-clients = 1\nfraction-train = 1.0\nlearning-rate = 0.2").replace(
+            "[trainings.fedloru]", full
+        )
+    )
+    evidence = [Evidence("fc", (64, 64), 1.0, {(2, 1): 0.9}, {})]
+    monkeypatch.setattr(command, "_carry_out", lambda *_: ())
+    monkeypatch.setattr(command, "pilot_evidence", lambda *_, **__: evidence)
+    found = rank(conf, tmp_path / "out", advise=True, jobs=1, console=quiet())
+    assert found.advice.cost == pytest.approx(2 * (2 + 1 / 0.5) * 128)
+    text = (tmp_path / "out" / "advice.md").read_text()
+    assert "pilot of 2 rounds of full-rank FedAvg, learning rate 0.03, seed 0 (settings: those of 'full')" in text
+    assert "for C = 0.5 of the clients in a round and alpha / rank = 8 (settings: those of 'FedLoRU')" in text
+
+
+@pytest.mark.parametrize("name", ["digits", "glyphs"])
+def test_the_shipped_analyses_are_advised_on_for_their_federation(name):
+    spec = read_rank_spec(Path(__file__).parents[2] / "conf" / f"rank-{name}.toml")
+    asked, whose = _factorised(spec)
+    assert (asked.fraction_train, asked.alpha / asked.rank, whose) == (0.5, 2.0, "those of 'FedLoRU'")
+    pilot, whose = _pilot(spec)
+    assert whose == "those of 'FedAvg'"
+    resolved = pilot.resolved(pilot.trainings[0], 0)
+    assert (resolved["num-clients"], resolved["fraction-train"]) == (50, 0.5)
+    assert resolved["learning-rate"] == {"digits": 0.03, "glyphs": 0.1}[name]
+
+
+def test_without_a_training_of_factors_or_of_full_rank_the_common_settings_are_taken():
+    without = parse_rank_spec(
+        tomllib.loads(ANALYSIS.split("[trainings.fedloru]")[0].replace("rank = 2", "alpha = 6.0\nrank = 2")),
+        "tiny",
+        "tiny.toml",
+    )
+    asked, whose = _factorised(without)
+    assert (asked.fraction_train, asked.alpha / asked.rank, whose) == (0.5, 3.0, "the common ones")
+    pilot, whose = _pilot(without)
+    assert (pilot.settings["num-clients"], whose) == (6, "the common ones")
 
 
 def test_what_cannot_be_done_is_told_before_anything_runs(tmp_path):

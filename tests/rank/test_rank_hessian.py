@@ -120,6 +120,25 @@ def test_chunks_that_bound_memory_give_the_same_products_and_gradient(mlp, sampl
         assert torch.allclose(cut.gradient()[name], value.grad, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "uneven",
+    [
+        {"weight": torch.tensor([1.0, 5.0, 0.2, 2.0], dtype=torch.float64)},
+        {"ignore_index": 2},
+    ],
+    ids=["class-weights", "ignored"],
+)
+def test_a_loss_that_is_no_plain_mean_is_refused_in_chunks_and_right_in_one(mlp, samples, uneven):
+    loss = nn.CrossEntropyLoss(**uneven)
+    with pytest.raises(ValueError, match=r"plain mean of one term a sample.*raise max_bytes = 12000"):
+        module_hessian(mlp, *samples, loss=loss, max_bytes=12_000).gradient()
+    whole = module_hessian(mlp, *samples, loss=loss)
+    mlp.zero_grad()
+    loss(mlp(samples[0]), samples[1]).backward()
+    for name, value in mlp.named_parameters():
+        assert torch.allclose(whole.gradient()[name], value.grad, atol=1e-12)
+
+
 def test_a_convolutional_network_in_float32_on_other_losses(samples):
     inputs = functional.interpolate(samples[0], size=8).float()
     targets = torch.nn.functional.one_hot(samples[1], 4).float()

@@ -54,15 +54,21 @@ def test_a_products_singular_values_are_those_of_the_dense_product(rank):
     assert np.allclose(expected[len(found) :], 0, atol=1e-12)
 
 
+def projector(matrix):
+    """On its column space."""
+    u, s, _ = np.linalg.svd(matrix, full_matrices=False)
+    spanned = u[:, s > 1e-6 * s[0]]
+    return spanned @ spanned.T
+
+
 @pytest.mark.parametrize("layer", [LAYER, CONVOLUTION], ids=["linear", "convolution"])
 def test_what_each_entry_adds_is_what_dense_projections_say(layer):
     made = entries(layer, 4)
     matrices = [dense(layer, entry) for entry in made]
     for index, (found, own) in enumerate(zip(ledger_ranks(layer, made), matrices, strict=True)):
         before = sum(matrices[:index], np.zeros_like(own))
-        u, s, vh = np.linalg.svd(before)
-        spanned = int((s > 1e-6 * s[0]).sum()) if index else 0
-        columns, rows = u[:, :spanned] @ u[:, :spanned].T, vh[:spanned].T @ vh[:spanned]
+        columns = projector(np.concatenate([np.zeros((len(own), 1)), *matrices[:index]], axis=1))
+        rows = projector(np.concatenate([np.zeros((own.shape[1], 1)), *(one.T for one in matrices[:index])], axis=1))
         eye_c, eye_r = np.eye(len(columns)), np.eye(len(rows))
         whole = np.linalg.norm(own) ** 2
         assert found.frobenius**2 == pytest.approx(whole)
@@ -85,6 +91,18 @@ def test_an_entry_that_repeats_adds_nothing_and_one_that_takes_back_points_again
     assert again.alignment == pytest.approx(1)
     assert again.total.numerical_rank == 2
     assert back.alignment == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("layer", [LAYER, CONVOLUTION], ids=["linear", "convolution"])
+def test_new_is_what_no_earlier_entry_had_whatever_their_sum_hides(layer):
+    (first, scale), (second, _) = entries(layer, 2, rank=1)
+    shared = {layer.a_key: first[layer.a_key], layer.b_key: second[layer.b_key]}
+    third = ledger_ranks(layer, [(first, scale), (shared, scale), (first, scale)])[2]
+    assert (third.new_columns, third.new_rows, third.new) == pytest.approx((0, 0, 0), abs=1e-12)
+    after_nothing = ledger_ranks(layer, [(first, scale), (first, -scale), (first, scale), (second, scale)])
+    assert after_nothing[1].total.frobenius == pytest.approx(0, abs=1e-12)
+    assert (after_nothing[2].new_columns, after_nothing[2].new_rows) == pytest.approx((0, 0), abs=1e-12)
+    assert after_nothing[3].new > 0.1
 
 
 def test_an_entry_of_zeros_and_a_layer_without_factors():

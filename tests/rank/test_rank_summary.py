@@ -49,6 +49,24 @@ def test_a_claim_pairs_by_seed_and_counts_each_seed_once():
     assert "a single seed" in verdict(claims([hessian(0, 0, 10, 2.0), hessian(0, 0, 40, 1.0)])[-1])
 
 
+def test_a_hessian_of_zeros_is_left_out_by_itself_and_counted():
+    rows = [*(hessian(seed, 0, 40, 2.0) for seed in (0, 1)), hessian(0, 0, 10, 4.0), hessian(0, 0, 10, 0.0, number=1)]
+    rows += [hessian(1, 0, 10, 4.0), hessian(0, 5, 10, 3.0), hessian(0, 5, 40, 0.0)]
+    found = {claim.server_round: claim for claim in claims(rows)}
+    assert [(found[at].larger, found[at].pairs, found[at].left_out) for at in (0, 5, ALL_ROUNDS)] == [
+        (2, 2, 1),
+        (0, 0, 1),
+        (2, 2, 2),
+    ]
+    assert found[0].small == [4.0, 4.0], "the draw that is there stays"
+    assert "in 2 of 2 pairs with n = 40 (1 of 3 left out: its Hessian is zero); ratio 2" in verdict(found[0])
+    assert verdict(found[5]).endswith("(1 of 1 left out: its Hessian is zero); there is nothing to compare.")
+    clients = [hessian(0, 0, 7, value, of="client", number=number) for number, value in ((3, 0.0), (4, 6.0))]
+    text = markdown("Title", (0, 1), [*rows, *clients])
+    assert "| 2 of 2 (1 of 3 left out: its Hessian is zero) | 6 (1 of 2 left out) |" in text
+    assert "| 2 of 2 (2 of 4 left out: their Hessians are zero) | 6 (1 of 2 left out) |" in text
+
+
 def similarity(seed, rank, mean):
     common = {"training": "one", "label": "One", "seed": seed, "round": 0, "kind": "similarity", "of": "gradients"}
     return {**common, "layer": "", "rank": rank, "clients": 3, "mean": mean, "std": 0.1, "to_mean": 0.5, "share": 0.9}
