@@ -107,7 +107,7 @@ def test_after_a_central_training_advice_is_still_for_the_federation(tmp_path, m
     assert found.advice.cost == pytest.approx(2 * (2 + 1 / 0.5) * 128)
     text = (tmp_path / "out" / "advice.md").read_text()
     assert "pilot of 2 rounds of full-rank FedAvg, learning rate 0.03, seed 0 (settings: those of 'full')" in text
-    assert "for C = 0.5 of the clients in a round and alpha / rank = 8 (settings: those of 'FedLoRU')" in text
+    assert "for C = 0.5 of the clients in a round and alpha / rank = 4 (settings: those of 'FedLoRU')" in text
 
 
 @pytest.mark.parametrize("name", ["digits", "glyphs"])
