@@ -256,13 +256,17 @@ def _edge(rest: Matrix, variance: float) -> float:
     highest = float(rest.max())
     if not variance:
         return highest
-    low, high = highest, highest + math.sqrt(variance)  # there the mean is at most 1 / s^2
+    # By the distance from the highest: beside a large one, a small scale would be lost in rounding.
+    below = highest - rest
+    low, high = 0.0, math.sqrt(variance)  # there the mean is at most 1 / s^2
     for _ in range(200):
         middle = (low + high) / 2
         if middle in (low, high):
             break
-        low, high = (middle, high) if variance * float((1 / (middle - rest) ** 2).mean()) > 1 else (low, middle)
-    return high + variance * float((1 / (high - rest)).mean())
+        low, high = (
+            (middle, high) if float(((math.sqrt(variance) / (middle + below)) ** 2).mean()) > 1 else (low, middle)
+        )
+    return highest + (high + variance * float((1 / (high + below)).mean()))
 
 
 def _covariance_largest(population: Population, count: float) -> tuple[float | None, bool]:

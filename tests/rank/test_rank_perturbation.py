@@ -18,6 +18,16 @@ def test_without_an_outlier_the_edge_is_twice_the_scale_and_the_stable_rank_a_qu
     assert not of.separated
 
 
+@pytest.mark.parametrize(("bulk", "sigma"), [(1e8, 1e-5), (1.0, 1e-20), (0.0, 1e-100), (-3.0, 0.25)])
+def test_the_edge_of_a_bulk_is_twice_the_scale_above_it_however_small_beside_it(bulk, sigma):
+    from fedloru_flwr.rank.perturbation import _edge
+
+    found = _edge(np.full(50, bulk), sigma**2)
+    assert found == pytest.approx(bulk + 2 * sigma, rel=1e-15, abs=0)
+    spread = np.array([0.0, -1.0, -2.0])
+    assert _edge(1e8 + spread, 1e-4) - 1e8 == pytest.approx(_edge(spread, 1e-4), abs=3e-8)
+
+
 def test_an_outlier_above_the_threshold_moves_out_by_its_inverse_and_one_below_is_lost():
     above = limit(Population(size=400, outliers=(3.0,), sigma=1.0), points=1)
     assert above.largest == pytest.approx(3 + 1 / 3)
