@@ -28,7 +28,7 @@ from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import ClientData, Samples, load_client
 from fedloru_flwr.engines.in_process import run_in_process
 from fedloru_flwr.job import Job, build_strategy
-from fedloru_flwr.lowrank import Ledger, as_pair, choose, derive_seed
+from fedloru_flwr.lowrank import FactorisedLayer, Ledger, as_pair, choose, derive_seed
 from fedloru_flwr.lowrank.factors import has_product
 from fedloru_flwr.models import AdapterPlan, plan_adapter
 from fedloru_flwr.models.functional import FunctionalModel
@@ -46,7 +46,7 @@ from fedloru_flwr.workload import data_config, local_optimisation, network_facto
 Row = dict[str, Any]
 LEDGER = "ledger"  # the part of a unit's measures that is of the whole run
 _ROUNDS_COMPARED = 4  # of a pilot
-_KINDS = (nn.Linear, nn.Conv2d)  # whose weights the package's networks have
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 _TELLING = "plain"  # the clients' method whose training can be carried out apart from a run
 
 
@@ -482,14 +482,17 @@ def pilot_evidence(config: RunConfig, files: UnitFiles, rounds: Sequence[int], m
         for name in changes[0]:
             updates = torch.stack([change[name] for change in changes])
             halves.setdefault(name, []).append((updates[::2].mean(dim=0), updates[1::2].mean(dim=0)))
-    module = subject.factory()
-    kinds = [kind.__name__ for kind in _KINDS if any(isinstance(part, kind) for part in module.modules())]
-    layers = plan_adapter(module, 1, 1.0, kinds).layers
     return [
         evidence_of(
             layer.name,
             [layer.as_matrix(state.trainables[layer.weight_key]) for state in states],
             [(layer.as_matrix(one), layer.as_matrix(other)) for one, other in halves.get(layer.weight_key, [])],
         )
-        for layer in layers
+        for layer in possible_layers(subject.factory())
     ]
+
+
+def possible_layers(module: nn.Module) -> tuple[FactorisedLayer, ...]:
+    """Every layer of a plain network that could be factorised, the output layer included."""
+    kinds = [kind.__name__ for kind in _KINDS if any(isinstance(part, kind) for part in module.modules())]
+    return plan_adapter(module, 1, 1.0, kinds).layers
