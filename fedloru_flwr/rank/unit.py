@@ -458,7 +458,13 @@ def _without_values(row: Row) -> Row:
     return {key: value for key, value in row.items() if key != "singular_values"}
 
 
-def pilot_evidence(config: RunConfig, files: UnitFiles, rounds: Sequence[int], most_clients: int) -> list[Evidence]:
+def pilot_evidence(
+    config: RunConfig,
+    files: UnitFiles,
+    rounds: Sequence[int],
+    most_clients: int,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> list[Evidence]:
     """What a full-rank training whose every round was kept says of each layer that could be factorised.
 
     Args:
@@ -466,6 +472,7 @@ def pilot_evidence(config: RunConfig, files: UnitFiles, rounds: Sequence[int], m
         files: the unit's.
         rounds: from 0 on, without a gap.
         most_clients: whose updates to compare, at four rounds.
+        on_step: told what comes next, for progress.
     """
     subject = Subject.of(config)
     states = [read_snapshot(files.snapshot(server_round)) for server_round in rounds]
@@ -475,6 +482,7 @@ def pilot_evidence(config: RunConfig, files: UnitFiles, rounds: Sequence[int], m
     people = {client: load_client(data, int(client))[0].train for client in sorted(chosen, key=int)}
     halves: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for state in states[:-1][:: max(1, (len(states) - 1) // _ROUNDS_COMPARED)] if len(people) > 1 else []:
+        on_step(f"what {len(people)} clients change after round {state.server_round}")
         trained = subject.locally_trained(state, people)
         if trained is None:
             break
@@ -482,14 +490,13 @@ def pilot_evidence(config: RunConfig, files: UnitFiles, rounds: Sequence[int], m
         for name in changes[0]:
             updates = torch.stack([change[name] for change in changes])
             halves.setdefault(name, []).append((updates[::2].mean(dim=0), updates[1::2].mean(dim=0)))
-    return [
-        evidence_of(
-            layer.name,
-            [layer.as_matrix(state.trainables[layer.weight_key]) for state in states],
-            [(layer.as_matrix(one), layer.as_matrix(other)) for one, other in halves.get(layer.weight_key, [])],
-        )
-        for layer in possible_layers(subject.factory())
-    ]
+    found = []
+    for layer in possible_layers(subject.factory()):
+        on_step(f"layer {layer.name}")
+        weights = [layer.as_matrix(state.trainables[layer.weight_key]) for state in states]
+        pairs = [(layer.as_matrix(one), layer.as_matrix(other)) for one, other in halves.get(layer.weight_key, [])]
+        found.append(evidence_of(layer.name, weights, pairs))
+    return found
 
 
 def possible_layers(module: nn.Module) -> tuple[FactorisedLayer, ...]:
