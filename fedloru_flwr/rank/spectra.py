@@ -37,7 +37,8 @@ class Spectrum:
     Attributes:
         size: ``n``.
         stable_rank: ``||H||_F^2 / ||H||_2^2``, between 1 and the rank; 0 for a matrix of zeros.
-        stable_rank_error: its standard error, that of the spectral norm's residual included.
+        stable_rank_error: root of the squares of its standard error, which at the least number of probes has fifteen
+            degrees of freedom, and of what the spectral norm's residual, a bound, may add: a guide to its error.
         frobenius: ``||H||_F``.
         frobenius_error: its standard error; 0 where it was computed without chance.
         spectral: ``||H||_2``, the largest absolute eigenvalue.
