@@ -7,6 +7,9 @@ The pilot is FedAvg on the same data, clients and network for ``T`` rounds, whos
 is the share of what full-rank training does in ``tau`` rounds that fits into a pair of rank ``r``: what FedLoRU's
 pair has to hold between two accumulations. It falls with ``tau`` and rises with ``r``.
 
+A layer that never moved says nothing and is left out. A period of more than half the pilot would be seen once alone, so
+that ``tau`` is at most ``T / 2``.
+
 - **Layers** of a rank and a period: those whose factors have at most half their weight's numbers, and whose own ``e``
   is at least ``layer_target``. The others stay dense.
 - **Rank and tau**: the cheapest point with ``e(r, tau) >= target`` over these layers, each weighing as much as it
@@ -66,7 +69,7 @@ class Advice:
         reached: the layers' ``e(r, tau)`` together.
         cost: numbers that a contact moves, up and down, all layers together.
         met: whether the target was met; else this is the point that comes nearest.
-        evidence: of all layers that could be looked at.
+        evidence: of all layers that could be looked at, and moved.
     """
 
     rank: int
@@ -76,6 +79,17 @@ class Advice:
     cost: float
     met: bool
     evidence: tuple[Evidence, ...]
+
+    @property
+    def dense_cost(self) -> int:
+        """Numbers that a contact moves where all of these layers are dense."""
+        return sum(2 * one.shape[0] * one.shape[1] for one in self.evidence)
+
+    @property
+    def moved(self) -> float:
+        """The share of all layers' movement, in squared norm, that is of those to factorise."""
+        total = sum(one.moved for one in self.evidence)
+        return sum(one.moved for one in self.evidence if one.layer in self.layers) / total
 
 
 def evidence_of(
@@ -143,6 +157,7 @@ def advise(
     Raises:
         ValueError: no layer suits factors at any rank and period.
     """
+    evidence = [one for one in evidence if one.moved]
     points = sorted({point for one in evidence for point in one.held})
     options = []
     for rank, every in points:
@@ -186,6 +201,11 @@ def as_markdown(advice: Advice, scale: float, origin: str) -> str:
         f"{origin} With rank {advice.rank} and an accumulation every {advice.every} round{'s' * (advice.every > 1)}, "
         f"{100 * advice.reached:.0f} % of what full-rank training does between two accumulations fits into the "
         f"factors (squared norm, target {100 * TARGET:.0f} %: {'met' if advice.met else 'NOT met'}).",
+        "",
+        f"A contact moves {advice.cost:,.0f} numbers of these layers, up and down, catching up included; all of them "
+        f"dense, {advice.dense_cost:,} ({advice.dense_cost / advice.cost:.2g} times as many). The layers to factorise "
+        f"have {100 * advice.moved:.0f} % of the movement. The pilot is too short to say anything of more than "
+        f"{max(every for one in advice.evidence for _, every in one.held)} rounds between accumulations.",
         "",
         f"## Share that fits, e(r, {advice.every})",
         "",

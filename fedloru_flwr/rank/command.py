@@ -1,13 +1,16 @@
 """`fedloru rank` as a Python function."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedloru_flwr import atomic
@@ -256,13 +259,28 @@ def _factorised(spec: RankSpec) -> tuple[RunConfig, str]:
     return RunConfig.from_mapping(common), "the common ones"
 
 
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch have so many threads of this process for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _advised(
     spec: RankSpec, unit: _Unit, whose: str, directory: Path, failures: tuple[str, ...], console: Console
 ) -> Analysis:
     if failures:
         return Analysis(directory, (), failures)
     pilot = RunConfig.from_mapping(unit.settings)
-    evidence = pilot_evidence(pilot, UnitFiles(unit.directory), unit.measure.rounds, _PILOT_CLIENTS)
+    files, rounds = UnitFiles(unit.directory), unit.measure.rounds
+    with _threads(unit.measure.threads), console.status("looking at the pilot") as shown:
+        evidence = pilot_evidence(
+            pilot, files, rounds, _PILOT_CLIENTS, lambda told: shown.update(f"looking at the pilot: {escape(told)}")
+        )
     asked, askers = _factorised(spec)
     proposal = advising.advise(evidence, asked.fraction_train)
     scale = asked.alpha / asked.rank

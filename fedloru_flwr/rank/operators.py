@@ -67,8 +67,9 @@ class LossHessian:
             needs. Where one chunk suffices, its graph is kept and products cost about half.
 
     Raises:
-        ValueError: there are no samples, inputs and targets differ in number, keys name no value; at the first product
-            or gradient, the loss is no plain mean and samples are taken in chunks.
+        ValueError: there are no samples, inputs and targets differ in number, keys name no value, or values are neither
+            float32 nor float64; at the first product or gradient, the loss is no plain mean and samples are taken in
+            chunks.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class LossHessian:
         first = values[self.keys[0]]
         self.device = first.device if device is None else device
         self.dtype = first.dtype
+        check_precision(self.dtype)
         self._outputs, self._loss, self._max_bytes = outputs, loss, max_bytes
         self._values = {key: value.detach().to(self.device, self.dtype) for key, value in values.items()}
         self._parameters = {key: self._values[key].clone().requires_grad_() for key in self.keys}
@@ -273,6 +275,23 @@ class LossHessian:
                 loss, list(self._parameters.values()), create_graph=True, allow_unused=True, materialize_grads=True
             )
         return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def check_precision(dtype: torch.dtype) -> None:
+    """Refuse numbers too coarse for curvature.
+
+    Args:
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: it is neither float32 nor float64.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the values to differentiate at are {str(dtype).removeprefix('torch.')}, in which products with the "
+            "Hessian are mostly rounding: expected float32 or float64; convert the model first, such as by "
+            "model.float()"
+        )
 
 
 def module_hessian(

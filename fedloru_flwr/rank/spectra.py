@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fedloru_flwr.lowrank import derive_seed, uniform
-from fedloru_flwr.rank.operators import LossHessian, SymmetricOperator
+from fedloru_flwr.rank.operators import LossHessian, SymmetricOperator, check_precision
 
 _RESIDUAL = 1e-3  # of the spectral norm, where Lanczos may stop: the eigenvalue's error is about its square
 _LOOK_EVERY = 4  # steps
@@ -37,7 +37,8 @@ class Spectrum:
     Attributes:
         size: ``n``.
         stable_rank: ``||H||_F^2 / ||H||_2^2``, between 1 and the rank; 0 for a matrix of zeros.
-        stable_rank_error: its standard error, that of the spectral norm's residual included.
+        stable_rank_error: root of the squares of its standard error, which at the least number of probes has fifteen
+            degrees of freedom, and of what the spectral norm's residual, a bound, may add: a guide to its error.
         frobenius: ``||H||_F``.
         frobenius_error: its standard error; 0 where it was computed without chance.
         spectral: ``||H||_2``, the largest absolute eigenvalue.
@@ -100,8 +101,10 @@ def spectrum(
         on_product: called after each product, for progress.
 
     Raises:
-        ValueError: a limit makes no sense, or the operator gives numbers that are not finite.
+        ValueError: a limit makes no sense, the operator's numbers are neither float32 nor float64, or it gives some
+            that are not finite.
     """
+    check_precision(operator.dtype)
     _check(tolerance, steps, basis, max_steps, max_probes)
     counted = _Counted(operator, on_product)
     if operator.size <= steps:
@@ -121,17 +124,17 @@ def spectrum(
     spectral = float(values.abs().max())
     if not spectral:
         return Spectrum(operator.size, *(0.0,) * 8, counted.count, probes, converged)
-    frobenius, stable = math.sqrt(squared), squared / spectral**2
+    frobenius, stable, unit = math.sqrt(squared), squared / spectral**2, counted.unit
     return Spectrum(
         size=operator.size,
         stable_rank=stable,
         stable_rank_error=math.hypot(error / spectral**2, 2 * stable * residual / spectral),
-        frobenius=frobenius,
-        frobenius_error=error / (2 * frobenius),
-        spectral=spectral,
-        spectral_error=residual,
-        largest=float(values.max()),
-        smallest=float(values.min()),
+        frobenius=frobenius * unit,
+        frobenius_error=error / (2 * frobenius) * unit,
+        spectral=spectral * unit,
+        spectral_error=residual * unit,
+        largest=float(values.max()) * unit,
+        smallest=float(values.min()) * unit,
         products=counted.count,
         probes=probes,
         converged=converged,
@@ -164,12 +167,19 @@ def stable_ranks(
 
 
 class _Counted:
-    """An operator whose products are counted and checked."""
+    """An operator whose products are counted and checked, in a unit in which squares neither vanish nor overflow.
+
+    Attributes:
+        count: of products so far.
+        unit: what a 1 stands for: the power of two at the largest number of the first product that is not zero. Nothing
+            is rounded by it.
+    """
 
     def __init__(self, operator: SymmetricOperator, on_product: Callable[[], None]) -> None:
         self.operator = operator
         self._on_product = on_product
         self.count = 0
+        self.unit = 0.0
 
     def product(self, vector: Tensor) -> Tensor:
         """``H v``."""
@@ -181,7 +191,10 @@ class _Counted:
                 "a product with the Hessian has numbers that are not finite: the model or its loss has diverged, or "
                 "the loss cannot be differentiated twice; check the weights, or use float64"
             )
-        return found
+        if not self.unit and (top := float(found.abs().max())):
+            self.unit = math.ldexp(0.5, math.frexp(top)[1])
+        # By float64's division: the unit's inverse may be no number of the operator's kind.
+        return (found.double() / self.unit).to(found.dtype) if self.unit else found
 
 
 def _check(tolerance: float, steps: int, basis: int, max_steps: int, max_probes: int) -> None:
@@ -236,7 +249,8 @@ def _is_known(values: Tensor, residuals: Tensor) -> bool:
     top = int(values.abs().argmax())
     end = 0 if top else len(values) - 1
     settled = float(residuals[top]) <= _RESIDUAL * float(values[top].abs())
-    return settled and float(values[end].abs() + residuals[end]) <= float(values[top].abs() + residuals[top])
+    # A spectrum as large below 0 as above it has two ends that never part by more than rounding.
+    return settled and float(values[end].abs() + residuals[end]) <= (1 + _RESIDUAL) * float(values[top].abs())
 
 
 def _restart(kept: Tensor, projected: Tensor, values: Tensor, vectors: Tensor) -> int:

@@ -28,7 +28,7 @@ from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import ClientData, Samples, load_client
 from fedloru_flwr.engines.in_process import run_in_process
 from fedloru_flwr.job import Job, build_strategy
-from fedloru_flwr.lowrank import Ledger, as_pair, choose, derive_seed
+from fedloru_flwr.lowrank import FactorisedLayer, Ledger, as_pair, choose, derive_seed
 from fedloru_flwr.lowrank.factors import has_product
 from fedloru_flwr.models import AdapterPlan, plan_adapter
 from fedloru_flwr.models.functional import FunctionalModel
@@ -46,7 +46,7 @@ from fedloru_flwr.workload import data_config, local_optimisation, network_facto
 Row = dict[str, Any]
 LEDGER = "ledger"  # the part of a unit's measures that is of the whole run
 _ROUNDS_COMPARED = 4  # of a pilot
-_KINDS = (nn.Linear, nn.Conv2d)  # whose weights the package's networks have
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 _TELLING = "plain"  # the clients' method whose training can be carried out apart from a run
 
 
@@ -458,7 +458,13 @@ def _without_values(row: Row) -> Row:
     return {key: value for key, value in row.items() if key != "singular_values"}
 
 
-def pilot_evidence(config: RunConfig, files: UnitFiles, rounds: Sequence[int], most_clients: int) -> list[Evidence]:
+def pilot_evidence(
+    config: RunConfig,
+    files: UnitFiles,
+    rounds: Sequence[int],
+    most_clients: int,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> list[Evidence]:
     """What a full-rank training whose every round was kept says of each layer that could be factorised.
 
     Args:
@@ -466,6 +472,7 @@ def pilot_evidence(config: RunConfig, files: UnitFiles, rounds: Sequence[int], m
         files: the unit's.
         rounds: from 0 on, without a gap.
         most_clients: whose updates to compare, at four rounds.
+        on_step: told what comes next, for progress.
     """
     subject = Subject.of(config)
     states = [read_snapshot(files.snapshot(server_round)) for server_round in rounds]
@@ -475,6 +482,7 @@ def pilot_evidence(config: RunConfig, files: UnitFiles, rounds: Sequence[int], m
     people = {client: load_client(data, int(client))[0].train for client in sorted(chosen, key=int)}
     halves: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for state in states[:-1][:: max(1, (len(states) - 1) // _ROUNDS_COMPARED)] if len(people) > 1 else []:
+        on_step(f"what {len(people)} clients change after round {state.server_round}")
         trained = subject.locally_trained(state, people)
         if trained is None:
             break
@@ -482,14 +490,16 @@ def pilot_evidence(config: RunConfig, files: UnitFiles, rounds: Sequence[int], m
         for name in changes[0]:
             updates = torch.stack([change[name] for change in changes])
             halves.setdefault(name, []).append((updates[::2].mean(dim=0), updates[1::2].mean(dim=0)))
-    module = subject.factory()
+    found = []
+    for layer in possible_layers(subject.factory()):
+        on_step(f"layer {layer.name}")
+        weights = [layer.as_matrix(state.trainables[layer.weight_key]) for state in states]
+        pairs = [(layer.as_matrix(one), layer.as_matrix(other)) for one, other in halves.get(layer.weight_key, [])]
+        found.append(evidence_of(layer.name, weights, pairs))
+    return found
+
+
+def possible_layers(module: nn.Module) -> tuple[FactorisedLayer, ...]:
+    """Every layer of a plain network that could be factorised, the output layer included."""
     kinds = [kind.__name__ for kind in _KINDS if any(isinstance(part, kind) for part in module.modules())]
-    layers = plan_adapter(module, 1, 1.0, kinds).layers
-    return [
-        evidence_of(
-            layer.name,
-            [layer.as_matrix(state.trainables[layer.weight_key]) for state in states],
-            [(layer.as_matrix(one), layer.as_matrix(other)) for one, other in halves.get(layer.weight_key, [])],
-        )
-        for layer in layers
-    ]
+    return plan_adapter(module, 1, 1.0, kinds).layers

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from fedloru_flwr.rank.advice import Evidence, advise, as_markdown, evidence_of, settings
+from fedloru_flwr.rank.unit import possible_layers
 
 
 def path_of(rank, rounds=8, size=(16, 20), turn=0):
@@ -60,6 +62,38 @@ def test_the_cheapest_point_that_holds_enough_is_proposed():
     assert 'target-modules = "wide"' in text
     assert "| narrow | 10 x 12 |" in text
     assert "dense: factors would not halve it" in text
+    assert found.dense_cost == 2 * (64 * 64 + 120)
+    assert found.moved == pytest.approx(4 / (4 + 8))
+    assert "A contact moves 1,605 numbers of these layers" in text
+    assert "all of them dense, 8,432 (5.3 times as many)" in text
+    assert "have 33 % of the movement" in text
+    assert "anything of more than 3 rounds between accumulations" in text
+
+
+def test_a_layer_that_never_moved_is_no_evidence():
+    still = evidence_of("still", [torch.zeros(64, 64)] * 9)
+    assert still.moved == 0
+    found = advise([evidence_of("wide", path_of(4, size=(64, 64))), still], 0.5)
+    assert found.layers == ("wide",)
+    assert [one.layer for one in found.evidence] == ["wide"]
+    with pytest.raises(ValueError, match="nothing moved"):
+        advise([still], 0.5)
+
+
+def test_every_kind_of_layer_that_factors_know_is_looked_at():
+    module = nn.ModuleDict(
+        {
+            "words": nn.Embedding(30, 8),
+            "line": nn.Conv1d(8, 6, 3),
+            "image": nn.Conv2d(3, 5, 3),
+            "out": nn.Linear(6, 4),
+            "norm": nn.LayerNorm(4),
+        }
+    )
+    assert {layer.name for layer in possible_layers(module)} == {"words", "line", "image", "out"}
+    for layer in possible_layers(module):
+        matrix = layer.as_matrix(module.get_parameter(layer.weight_key).detach())
+        assert matrix.shape == (layer.out_features, layer.in_features)
 
 
 def test_a_layer_that_turns_is_to_be_accumulated_more_often():

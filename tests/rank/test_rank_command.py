@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from fedloru_flwr.config import ConfigError
@@ -102,9 +103,19 @@ def test_after_a_central_training_advice_is_still_for_the_federation(tmp_path, m
     )
     evidence = [Evidence("fc", (64, 64), 1.0, {(2, 1): 0.9}, {})]
     monkeypatch.setattr(command, "_carry_out", lambda *_: ())
-    monkeypatch.setattr(command, "pilot_evidence", lambda *_, **__: evidence)
+    threads = []
+
+    def looked_at(*arguments):
+        threads.append(torch.get_num_threads())
+        arguments[-1]("layer [fc]")
+        return evidence
+
+    monkeypatch.setattr(command, "pilot_evidence", looked_at)
+    before = torch.get_num_threads()
     found = rank(conf, tmp_path / "out", advise=True, jobs=1, console=quiet())
     assert found.advice.cost == pytest.approx(2 * (2 + 1 / 0.5) * 128)
+    assert threads == [1], "the threads to measure with, and no more"
+    assert torch.get_num_threads() == before
     text = (tmp_path / "out" / "advice.md").read_text()
     assert "pilot of 2 rounds of full-rank FedAvg, learning rate 0.03, seed 0 (settings: those of 'full')" in text
     assert "for C = 0.5 of the clients in a round and alpha / rank = 4 (settings: those of 'FedLoRU')" in text

@@ -183,10 +183,10 @@ def test_the_adapters_hessian_is_that_of_the_factors(mlp, samples):
 
 
 class Matrix:
-    dtype, device = torch.float64, torch.device("cpu")
+    device = torch.device("cpu")
 
     def __init__(self, matrix):
-        self.matrix, self.size = matrix, len(matrix)
+        self.matrix, self.size, self.dtype = matrix, len(matrix), matrix.dtype
 
     def product(self, vector):
         return self.matrix @ vector
@@ -206,6 +206,36 @@ def test_a_negative_eigenvalue_may_be_the_largest():
     found = spectrum(Matrix(torch.diag(diagonal)), tolerance=0.01)
     assert found.spectral == pytest.approx(5)
     assert found.smallest == pytest.approx(-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 2.0**-73), (torch.float32, 2.0**73), (torch.float64, 2.0**-560)]
+)
+def test_the_stable_rank_does_not_depend_on_the_scale(dtype, scale):
+    diagonal = torch.linspace(-1, 2, 200, dtype=dtype)
+    one, other = (spectrum(Matrix(torch.diag(factor * diagonal)), tolerance=0.05) for factor in (1.0, scale))
+    assert one.stable_rank == pytest.approx(float(diagonal.double().square().sum()) / 4, rel=0.2)
+    assert (other.stable_rank, other.stable_rank_error) == (one.stable_rank, one.stable_rank_error)
+    assert (other.spectral, other.smallest) == (scale * one.spectral, scale * one.smallest)
+    assert (other.frobenius, other.frobenius_error) == (scale * one.frobenius, scale * one.frobenius_error)
+    (small, tiny) = (spectrum(Matrix(torch.diag(factor * diagonal[:9]))) for factor in (1.0, scale))
+    assert (tiny.stable_rank, tiny.spectral) == (small.stable_rank, scale * small.spectral)
+
+
+def test_a_spectrum_as_large_below_zero_as_above_settles():
+    diagonal = torch.linspace(-1, 1, 100, dtype=torch.float64)
+    found = spectrum(Matrix(torch.diag(diagonal)), tolerance=0.05)
+    assert found.converged
+    assert found.products - found.probes < 50, "to wait until one end is surely the larger takes 60"
+    assert found.spectral == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused(dtype):
+    with pytest.raises(ValueError, match=r"expected float32 or float64; convert the model first"):
+        module_hessian(nn.Linear(2, 2).to(dtype), torch.ones(3, 2), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="expected float32 or float64"):
+        spectrum(Matrix(torch.eye(50, dtype=dtype)))
 
 
 def test_progress_is_told_of_every_product(mlp, samples):

@@ -18,12 +18,12 @@ def test_without_an_outlier_the_edge_is_twice_the_scale_and_the_stable_rank_a_qu
     assert not of.separated
 
 
-@pytest.mark.parametrize(("bulk", "sigma"), [(1e8, 1e-5), (1.0, 1e-20), (0.0, 1e-200), (-3.0, 0.25)])
+@pytest.mark.parametrize(("bulk", "sigma"), [(1e8, 1e-5), (1.0, 1e-20), (0.0, 1e-100), (-3.0, 0.25)])
 def test_the_edge_of_a_bulk_is_twice_the_scale_above_it_however_small_beside_it(bulk, sigma):
     from fedloru_flwr.rank.perturbation import _edge
 
     found = _edge(np.full(50, bulk), sigma**2)
-    assert found == bulk + 2 * math.sqrt(sigma**2) or found == pytest.approx(bulk + 2 * sigma, rel=1e-15)
+    assert found == pytest.approx(bulk + 2 * sigma, rel=1e-15, abs=0)
     spread = np.array([0.0, -1.0, -2.0])
     assert _edge(1e8 + spread, 1e-4) - 1e8 == pytest.approx(_edge(spread, 1e-4), abs=3e-8)
 
