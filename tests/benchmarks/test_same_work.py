@@ -77,7 +77,7 @@ def by_plain_app(task, path, prepared, values):
 def by_this_package(prepared, values):
     config = RunConfig.from_mapping(workloads.DIGITS.settings)
     module = prepared.factory()
-    plan = plan_model(module, "factors", config.rank, config.alpha, config.target_modules, config.dense_leaves)
+    plan = plan_model(module, "factors", config.rank, config.alpha, config.target_modules, "all")
     adapted = AdaptedModel(module, plan)
     adapted.write_values({key: values[key].view_as(value) for key, value in adapted.read_values().items()})
     client, _ = load_client(data_config(config), 5)
