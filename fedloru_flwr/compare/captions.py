@@ -93,3 +93,8 @@ TIME = _flowing(
     number here depends on it.
     """
 )
+ANSWERS = _flowing(
+    """
+    What the global model answers to the first held-out prompts, before training and after it, with the first seed.
+    """
+)

@@ -111,6 +111,8 @@ def _sections(comparison: Comparison) -> list[Section]:
     )
     sections.append(_with_table(by_title, "Aggregation error", charts.error_charts(comparison), captions.ERROR_CHARTS))
     sections.append(Section("Partition of the data", captions.PARTITIONS, charts.partition_charts(comparison)))
+    answers = _answers(comparison)
+    sections.append(Section(answers.title, tables=[answers] if answers.sections else []))
     tuning = choices_table(comparison)
     sections.append(Section("Tuning", tables=[tuning] if tuning else []))
     sections.append(Section("Settings of the methods", tables=[_settings(comparison)]))
@@ -176,6 +178,33 @@ def _settings(comparison: Comparison) -> Table:
             table.sections.append((describe(comparison.combinations[number]), rows))
     if len(table.sections) == 1:  # the same at every place
         table.sections = [("", table.sections[0][1])]
+    return table
+
+
+def _answers(comparison: Comparison) -> Table:
+    """What language models said, a section for each method at each place."""
+    table = Table(
+        "Generated answers", captions.ANSWERS, ["prompt", "reference", "before training", "after training"], prose=True
+    )
+    for number, group in enumerate(comparison.groups):
+        for one in group:
+            said = next((run.answers for run in one.row.runs.values() if run.answers), None)
+            if said is None:
+                continue
+            last = max(answer["round"] for answer in said)
+            references = {answer["prompt"]: answer["reference"] for answer in said}
+            told = {(answer["prompt"], answer["round"]): answer["generated"] for answer in said}
+            rows = [
+                [
+                    Cell(prompt),
+                    Cell(reference),
+                    Cell(told.get((prompt, 0), NONE)),
+                    Cell(told.get((prompt, last), NONE) if last else NONE),
+                ]
+                for prompt, reference in references.items()
+            ]
+            place = describe(comparison.combinations[number])
+            table.sections.append((f"{one.label}, {place}" if place else one.label, rows))
     return table
 
 

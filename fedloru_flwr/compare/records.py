@@ -37,6 +37,7 @@ class Record:
         spread: of the last round in which clients evaluated: mean, std and worst decile over clients, by metric.
         seconds: the rounds took.
         path: its directory.
+        answers: what a language model said: ``round``, ``prompt``, ``reference`` and ``generated`` of each.
     """
 
     settings: dict[str, Scalar]
@@ -51,10 +52,17 @@ class Record:
     spread: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
     path: str = ""
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def of_rows(
-        cls, settings: Mapping[str, Scalar], rows: Sequence[Mapping[str, Any]], *, reason: str = "", path: str = ""
+        cls,
+        settings: Mapping[str, Scalar],
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        reason: str = "",
+        path: str = "",
+        answers: Sequence[dict[str, Any]] = (),
     ) -> Self:
         """Make the record of the rows of a ``metrics.jsonl``; a ``reason`` says that the run has failed."""
         up = down = 0
@@ -81,6 +89,7 @@ class Record:
             spread={name: dict(numbers) for name, numbers in spread.items()},
             seconds=round(sum(row.get("seconds") or 0.0 for row in rows), 3),
             path=path,
+            answers=list(answers),
         )
 
     @classmethod
@@ -102,7 +111,8 @@ class Record:
         summary = run.read_summary()
         if not reason and (summary is None or summary["status"] not in ENDED_WELL):
             reason = f"the run is {summary['status'] if summary else 'not at its end'}"
-        return cls.of_rows(settings, run.read_rounds(), reason=reason, path=str(run.path))
+        rows, answers = run.read_rounds(), run.read_answers()
+        return cls.of_rows(settings, rows, reason=reason, path=str(run.path), answers=answers)
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""

@@ -15,7 +15,7 @@ from synthetic import record, results, rows
 from fedloru_flwr import atomic
 from fedloru_flwr.compare import charts, report
 from fedloru_flwr.compare.judged import Comparison
-from fedloru_flwr.compare.page import html
+from fedloru_flwr.compare.page import _sections, html
 from fedloru_flwr.compare.records import Record
 from fedloru_flwr.compare.results import Results, Row, join
 from fedloru_flwr.compare.table import NONE, as_csv, markdown, timing_csv
@@ -272,6 +272,34 @@ def test_runs_that_no_comparison_made_are_put_side_by_side(tmp_path):
     found = {row.method: [run.accuracy[-1] for run in row.runs.values()] for row in outcome.results.rows}
     assert found == {"fedloru, rank = 2": [0.5, 0.7], "fedloru, rank = 8": [0.9], "fedavg": [0.8]}
     assert report([outcome.output_dir], tmp_path / "again").results.labels == outcome.results.labels
+
+
+def test_what_a_language_model_said_is_shown_as_text(tmp_path):
+    tuned = write_run(tmp_path / "a", [0.1, 0.5], rank=2)
+    said = {"prompt": "What is 1 < 2?", "reference": "true"}
+    answers = [{"round": 0, **said, "generated": "<b>cow</b>"}, {"round": 1, **said, "generated": "it is true"}]
+    atomic.write_lines(tuned / "samples.jsonl", answers)
+    cut = write_run(tmp_path / "b", [0.1], rank=8)
+    atomic.write_lines(cut / "samples.jsonl", answers[:1])
+    outcome = report([tuned, cut])
+    (table,) = [
+        table
+        for section in _sections(Comparison(outcome.results))
+        for table in section.tables
+        if table.title == "Generated answers"
+    ]
+    assert {head: [[cell.text for cell in row] for row in found] for head, found in table.sections} == {
+        "fedloru, rank = 2": [["What is 1 < 2?", "true", "<b>cow</b>", "it is true"]],
+        "fedloru, rank = 8": [["What is 1 < 2?", "true", "<b>cow</b>", NONE]],
+    }
+    whole = (outcome.output_dir / "report.html").read_text()
+    assert "&lt;b&gt;cow&lt;/b&gt;" in whole
+    assert "<b>cow</b>" not in whole
+    again = report([outcome.output_dir], tmp_path / "again")
+    assert (again.output_dir / "report.html").read_text().count("it is true") == whole.count("it is true")
+    assert (
+        "Generated answers" not in (report([write_run(tmp_path / "c", [0.1])]).output_dir / "report.html").read_text()
+    )
 
 
 def test_pictures_stand_alone_with_a_legend():
