@@ -75,7 +75,7 @@ class Doors:
         self.around(federated, "step", "accumulating", lambda *_, accumulate_now, **__: accumulate_now)
         self.around(RunDirectory, "write_checkpoint", "writing a checkpoint")
         self.around(FederatedStrategy, "_evaluate", "evaluating")
-        self.around(job, "evaluate", "evaluating")
+        self.around(job.Job, "_central", "evaluating")
 
 
 def run_job(output_dir, settings, run_name="run"):
