@@ -21,6 +21,8 @@ FORMS = "instruction and output (and input), messages, prompt and completion, or
 _TEXT_COLUMNS = ("sentence", "text", "question", "premise", "sentence1", "question1", "content")
 _PAIRS = {"sentence1": "sentence2", "premise": "hypothesis", "question1": "question2", "question": "sentence"}
 
+_DAY = "26 Jul 2024"
+
 Piece = tuple[str, bool]  # a text, and whether it is to be learnt
 Example = tuple[list[int], list[int]]  # inputs and labels, of one length
 
@@ -72,18 +74,20 @@ def read_sequences(
         where = f"the {split} split of {origin}"
         if not table.num_rows:
             raise DataError(f"{where} has no rows. Give at least one sample.")
-        pieces = _pieces(table, config, tokenizer, where)
-        examples = [_example(row, tokenizer, config.max_length) for row in pieces]
+        pieces, templated = _pieces(table, config, tokenizer, where)
+        examples = [_example(row, tokenizer, config.max_length, templated=templated) for row in pieces]
         kept = [index for index, (_, labels) in enumerate(examples) if any(label != IGNORED for label in labels)]
         if not kept:
             problem = f"no row of {where} has a token of its answer within so many tokens"
             raise fault("max-length", config.max_length, problem, "Raise it, or shorten the prompts")
-        lost = len(examples) - len(kept)
-        note = (
-            f"{lost} of {len(examples)} rows of {where} are left out: max-length = {config.max_length} leaves nothing "
-            "of their answer"
-            if lost
-            else ""
+        silent = sum(not any(is_answer for _, is_answer in row) for row in pieces)
+        lost = len(examples) - len(kept) - silent
+        reasons = {f"max-length = {config.max_length} leaves nothing of their answer": lost}
+        reasons |= {"the assistant says nothing in them": silent}
+        note = "; ".join(
+            f"{count} of {len(examples)} rows of {where} are left out: {reason}"
+            for reason, count in reasons.items()
+            if count
         )
         is_train = table is tables["train"]
         groups = read_groups(table, config, where) if grouped and is_train else ()
@@ -181,8 +185,8 @@ def _text_columns(table: Table, label: str, config: DataConfig, origin: str) -> 
     return (found[0],)
 
 
-def _pieces(table: Table, config: DataConfig, tokenizer: Any, where: str) -> list[list[Piece]]:
-    """The texts of every row, and which of them are to be learnt."""
+def _pieces(table: Table, config: DataConfig, tokenizer: Any, where: str) -> tuple[list[list[Piece]], bool]:
+    """The texts of every row, and which of them are to be learnt; and whether a chat template has written them."""
     names = set(table.column_names)
     chat = getattr(tokenizer, "chat_template", None) and config.prompt_template == "auto"
     make: Callable[[dict[str, Any]], list[Piece]]
@@ -213,7 +217,7 @@ def _pieces(table: Table, config: DataConfig, tokenizer: Any, where: str) -> lis
         except Exception as error:  # whatever a template, which is the model's own, makes of a row it does not expect
             problem = f"row {number} (the first is 0) of {where} cannot be used ({error})"
             raise fault("dataset", config.dataset, problem, f"Give rows with {FORMS}, none of them empty") from error
-    return made
+    return made, columns == ["messages"] or ("instruction" in columns and bool(chat))
 
 
 def _text(row: dict[str, Any], name: str) -> str:
@@ -229,6 +233,8 @@ def _instruction(template: str) -> Callable[[dict[str, Any]], list[Piece]]:
         own = template
         if template in ("auto", "alpaca"):
             own = ALPACA_WITH_INPUT if extra else ALPACA
+        elif extra and "{input}" not in own:
+            raise ValueError("it has an input, and prompt-template has no {input}")
         # Not `str.format`: an instruction may hold braces.
         before, _, after = own.partition("{instruction}")
         parts = [part.replace("{input}", extra) for part in (before, after)]
@@ -267,7 +273,15 @@ def _conversation(tokenizer: Any) -> Callable[[dict[str, Any]], list[Piece]]:
     """Divide a conversation, as the chat template writes it, into what is asked and what the assistant says."""
 
     def written(messages: Sequence[dict[str, Any]], prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+        # Llama's templates write the date, unless it is given: the same one on every machine and every day.
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=prompt,
+                date_string=_DAY,
+            )
+        )
 
     def make(row: dict[str, Any]) -> list[Piece]:
         messages = [{key: value for key, value in one.items() if value is not None} for one in row["messages"]]
@@ -280,9 +294,13 @@ def _conversation(tokenizer: Any) -> Callable[[dict[str, Any]], list[Piece]]:
             before, after = written(messages[:index], True), written(messages[: index + 1], False)
             if not (whole.startswith(before) and whole.startswith(after) and at <= len(before) < len(after)):
                 # The template writes earlier turns in another way once there are later ones: learn the last alone.
-                before = written(messages[:index], True)
-                if index < len(messages) - 1 or not whole.startswith(before):
+                if index < len(messages) - 1:
                     continue
+                # A prompt for the next answer may hold more than the answer will have before it, such as "<think>".
+                prompts = (before, written(messages[:index], False))
+                before = next((prompt for prompt in prompts if whole.startswith(prompt)), whole)
+                if before == whole:
+                    raise ValueError("the chat template does not write the last answer after what comes before it")
                 pieces, at, after = [], 0, whole
             pieces += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
             at = len(after)
@@ -291,11 +309,11 @@ def _conversation(tokenizer: Any) -> Callable[[dict[str, Any]], list[Piece]]:
     return make
 
 
-def _example(pieces: Iterable[Piece], tokenizer: Any, max_length: int) -> Example:
+def _example(pieces: Iterable[Piece], tokenizer: Any, max_length: int, *, templated: bool) -> Example:
     """Tokens and what has to follow each of them, at most ``max_length``."""
     tokens: list[int] = []
     learnt: list[bool] = []
-    templated, end = getattr(tokenizer, "chat_template", None), tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
     for index, (text, is_answer) in enumerate(pieces):
         # A chat template writes the special tokens itself.
         own = bool(index == 0 and not (templated and text.startswith(tokenizer.bos_token or "\0")))
@@ -303,7 +321,7 @@ def _example(pieces: Iterable[Piece], tokenizer: Any, max_length: int) -> Exampl
         if own and ids and ids[-1] == end:
             ids = ids[:-1]  # of tokenizers that end every text
         # A chat template may write the end itself, and a line break after it, which is no part of the answer.
-        said = ids.index(end) + 1 if end in ids else len(ids)
+        said = len(ids) - ids[::-1].index(end) if templated and end in ids else len(ids)
         tokens += ids
         learnt += [is_answer and position < said for position in range(len(ids))]
     if end is not None and learnt and learnt[-1] and tokens[-1] != end:
@@ -320,8 +338,8 @@ def _example(pieces: Iterable[Piece], tokenizer: Any, max_length: int) -> Exampl
 def pack(sequences: Sequences, config: DataConfig) -> Sequences:
     """Join rows to samples of ``max_length`` tokens at most.
 
-    Rows go whole and in their order to the sample that is being filled; those of another value of the partition or
-    label column to one of their own. Tokens attend to the rows before theirs in the sample.
+    Rows go whole and in their order to the sample that is being filled, the tokenizer's end of text between them; those
+    of another value of the partition or label column to one of their own. Tokens attend to the rows before theirs.
 
     Args:
         sequences: as `read_sequences` gives them.
@@ -334,18 +352,24 @@ def pack(sequences: Sequences, config: DataConfig) -> Sequences:
     done: list[list[int]] = []
     for row, key in enumerate(keys):
         held = being_filled.setdefault(key, [])
-        if held and sum(lengths[other] for other in held) + lengths[row] > config.max_length:
+        if held and sum(lengths[other] + 1 for other in held) + lengths[row] > config.max_length:
             done.append(held)
             held = being_filled[key] = []
         held.append(row)
     done += being_filled.values()
 
-    def joined(values: Tensor) -> list[list[int]]:
-        return [[token for row in sample for token in values[row, : lengths[row]].tolist()] for sample in done]
+    fill = padding(config.tokenizer)
+    end = read_tokenizer(config.tokenizer).eos_token_id
+
+    def joined(values: Tensor, between: int) -> list[list[int]]:
+        return [
+            [token for row in sample for token in (*values[row, : lengths[row]].tolist(), between)][:-1]
+            for sample in done
+        ]
 
     return Sequences(
-        inputs=_padded(joined(sequences.inputs), padding(config.tokenizer)),
-        labels=_padded(joined(sequences.labels), IGNORED),
+        inputs=_padded(joined(sequences.inputs, fill if end is None else end), fill),
+        labels=_padded(joined(sequences.labels, IGNORED), IGNORED),
         groups=tuple(sequences.groups[sample[0]] for sample in done) if sequences.groups else (),
         kinds=tuple(sequences.kinds[sample[0]] for sample in done) if sequences.kinds else (),
         note=sequences.note,

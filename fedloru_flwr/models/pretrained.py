@@ -82,8 +82,7 @@ class PretrainedFactory:
         config = read_configuration(self.name)
         if self.task == "classification":
             config.num_labels = self.num_labels
-            if config.pad_token_id is None:  # a batch has samples of different lengths
-                config.pad_token_id = padding(self.name)
+            config.pad_token_id = padding(self.name)  # by which a batch's samples are filled up, and their ends found
         return config
 
     def skeleton(self) -> nn.Module:
@@ -146,14 +145,19 @@ class PretrainedFactory:
 
 @lru_cache(maxsize=8)
 def linear_layers(factory: PretrainedFactory) -> tuple[str, ...]:
-    """The last parts of the names of all linear layers but the model's head, such as ``q_proj``, in their order."""
+    """The last parts of the names of all linear layers but the model's head, such as ``q_proj``, in their order.
+
+    Where the head has a layer whose name ends alike, the others' names are given in full.
+    """
     model: Any = factory.skeleton()
     inside = f"{model.base_model_prefix}."
-    found = [
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if name.startswith(inside) and type(module).__name__ in _LINEAR
-    ]
+    linear = [name for name, module in model.named_modules() if type(module).__name__ in _LINEAR]
+    of_head = {name.rpartition(".")[2] for name in linear if not name.startswith(inside)}
+    found = []
+    for name in linear:
+        if name.startswith(inside):
+            last = name.rpartition(".")[2]
+            found.append(name if last in of_head else last)
     return tuple(dict.fromkeys(found))
 
 

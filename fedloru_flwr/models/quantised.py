@@ -54,7 +54,7 @@ def quantised_weight(weight: Tensor, kind: Quantised) -> nn.Parameter:
     """Weights in few bits, on the device of the given ones."""
     import bitsandbytes
 
-    values = weight.detach().clone()
+    values = weight.detach().cpu().clone()  # those that are on a device already are not quantised by moving there
     made: Any
     if kind == "int8":
         made = bitsandbytes.nn.Int8Params(values.half(), requires_grad=False, has_fp16_weights=False)

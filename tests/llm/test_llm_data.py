@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from small_language import TEMPLATE, instructions, tokenizer, write_rows
+from small_language import CHAT, TEMPLATE, instructions, save_model, tokenizer, write_rows
 
 from fedloru_flwr.data import IGNORED, DataConfig, DataError, load_central, load_client, load_own, notes, validate
 from fedloru_flwr.data.loading import partition_indices
+from fedloru_flwr.models.pretrained import read_tokenizer
 
 ROW = {"instruction": "add", "input": "", "output": "ok"}
 
@@ -89,6 +90,60 @@ def test_instructions_go_through_the_chat_template_where_there_is_one(chatty, tm
     assert read(chatty, path, prompt_template="alpaca")[0].startswith("### Instruction")
 
 
+def with_template(directory, chat, **special):
+    """A model whose tokenizer has another chat template, or other special tokens."""
+    save_model(directory)
+    own = tokenizer(chat)
+    for name, token in special.items():
+        setattr(own, name, token)
+    own.save_pretrained(directory)
+    read_tokenizer.cache_clear()
+    return str(directory)
+
+
+TALK = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "A"}]
+
+
+def test_a_prompt_that_goes_on_where_no_answer_does_is_cut(tmp_path):
+    thinking = CHAT.replace("assistant: {% endif %}", "assistant: <think>{% endif %}")
+    model = with_template(tmp_path / "model", thinking)
+    path = rows_of(tmp_path / "rows", [{"messages": TALK}] * 4)
+    whole, learnt = read(model, path, prompt_template="auto", max_length=128)
+    assert whole == "<bos>user: a?<eos>\n<bos>assistant: A"
+    assert learnt == "<bos>assistant: A<eos>"
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tmp_path):
+    today = "{% set date_string = strftime_now('%d %b %Y %f') %}"
+    dated = "{% if not date_string is defined %}" + today + "{% endif %}{{ date_string }} " + CHAT
+    model = with_template(tmp_path / "model", dated)
+    path = rows_of(tmp_path / "rows", [{"messages": TALK}] * 4)
+    whole, learnt = read(model, path, prompt_template="auto", max_length=128)
+    assert whole.startswith("26 Jul 2024 <bos>user: a?")
+    assert learnt == "A<eos>"
+
+
+def test_conversations_in_which_the_assistant_is_silent_are_left_out_and_told(chatty, tmp_path):
+    path = rows_of(tmp_path / "rows", [{"messages": TALK}] * 4 + [{"messages": TALK[:1]}], [{"messages": TALK}])
+    given = config(chatty, path, prompt_template="auto")
+    assert sum(len(part) for part in partition_indices(given)) == 4
+    (note,) = notes(given)
+    assert "1 of 5 rows" in note
+    assert "the assistant says nothing" in note
+    assert "max-length" not in note
+
+
+def test_an_end_within_a_text_does_not_end_what_is_learnt(llama, tmp_path):
+    path = rows_of(tmp_path / "rows", [{"text": "ab<eos>cd"}] * 4)
+    assert read(llama, path) == ("ab<eos>cd", "b<eos>cd<eos>")
+
+
+def test_a_template_of_ones_own_has_a_place_for_the_input(llama, tmp_path):
+    path = rows_of(tmp_path / "rows", [{**ROW, "input": "1"}] * 4)
+    with pytest.raises(DataError, match=r"row 0 .*prompt-template has no \{input\}"):
+        load_central(config(llama, path, prompt_template="Q: {instruction}\nA: "))
+
+
 def test_messages_without_a_chat_template_are_refused(llama, tmp_path):
     path = rows_of(tmp_path / "rows", [{"messages": [{"role": "user", "content": "a"}]}] * 4)
     with pytest.raises(DataError, match="has no chat template"):
@@ -129,9 +184,10 @@ def test_packed_samples_hold_whole_rows_of_one_group(llama, tmp_path):
         data, _ = load_client(given, client)
         for part in (data.train, data.held_out):
             for inputs, labels in zip(part.inputs, part.labels, strict=True):
-                whole, learnt = own.decode(inputs, skip_special_tokens=True), own.decode(labels[labels != IGNORED])
+                whole, learnt = own.decode(inputs), own.decode(labels[labels != IGNORED])
                 assert set(learnt.replace("<eos>", "")) == {letter}
-                assert whole == f"Q: add\nA: {letter * 3}" * learnt.count("<eos>")
+                rows = "<eos>".join([f"Q: add\nA: {letter * 3}"] * learnt.count("<eos>"))
+                assert whole.removesuffix("<pad>" * whole.count("<pad>")) == rows
                 count += learnt.count("<eos>")
     assert count == 10
     longest = load_client(given, 0)[0].train

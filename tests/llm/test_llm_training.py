@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from small_language import TEMPLATE, tokenizer, write_rows
+from small_language import TEMPLATE, save_model, tokenizer, write_rows
+from transformers import RobertaConfig, RobertaModel
 
 from fedloru_flwr.clients.language import LanguageWork, question
 from fedloru_flwr.clients.training import LocalOptimisation
 from fedloru_flwr.data import DataConfig, Samples, load_central
 from fedloru_flwr.models.generation import greedy
-from fedloru_flwr.models.pretrained import PretrainedFactory
+from fedloru_flwr.models.pretrained import PretrainedFactory, head, linear_layers
 
 CPU = torch.device("cpu")
 HOW = LocalOptimisation(2, 4, "sgd", 0.5, 0.9, 0.0, 0.0)
@@ -123,3 +124,38 @@ def test_equal_factories_build_equal_models_with_the_plain_keys(llama):
     assert not torch.equal(first.score.weight, other.score.weight)
     assert torch.equal(first.model.embed_tokens.weight, plain["model.embed_tokens.weight"])
     assert PretrainedFactory(llama, precision="bfloat16")().lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_head_of_several_layers_is_trained_whole(tmp_path):
+    config = RobertaConfig(
+        vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, pad_token_id=0
+    )
+    RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    factory = PretrainedFactory(str(tmp_path), "classification", 3)
+    found = linear_layers(factory)
+    assert found[:3] == ("query", "key", "value")
+    assert set(found[3:]) == {
+        "roberta.encoder.layer.0.attention.output.dense",
+        "roberta.encoder.layer.0.intermediate.dense",
+        "roberta.encoder.layer.0.output.dense",
+    }
+    assert set(head(factory)) == {
+        f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")
+    }
+
+
+def test_a_classifier_finds_the_end_of_a_sample_by_what_the_tokenizer_fills_up_with(tmp_path):
+    directory = save_model(tmp_path)
+    own = tokenizer()
+    own.pad_token = (
+        None  # so that samples are filled up with the end of a text, whatever the model's configuration says
+    )
+    own.save_pretrained(directory)
+    model = PretrainedFactory(directory, "classification", 2)().eval()
+    row = torch.tensor([[5, 6, 7]])
+    longer = torch.cat([row, torch.full((1, 4), own.eos_token_id)], dim=1)
+    with torch.no_grad():
+        alone = model(input_ids=row).logits
+        filled = model(input_ids=longer, attention_mask=(longer != own.eos_token_id).long()).logits
+    torch.testing.assert_close(alone, filled, rtol=1e-4, atol=1e-5)
