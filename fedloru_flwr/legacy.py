@@ -56,6 +56,7 @@ ServerFunction = Callable[[Context], ServerAppComponents]
 StrategyFactory = Callable[..., FederatedStrategy]
 Options = Callable[[Context], Mapping[str, Any]]
 _TIMEOUT = 3600.0
+_OWN_LOSS = "legacy-loss"  # a metric that a client itself calls loss, beside the loss that it returns
 _OWN_KEYS = (wire.HEADER, wire.ENTRIES, wire.STATISTICS, wire.EXTRAS)
 
 # --- the client -------------------------------------------------------------------------------------------------------
@@ -95,7 +96,8 @@ def legacy_client_app(client_fn: ClientFunction, model: ModelSource, *, mods: li
         client = _client(client_fn, context, session.model)
         result = client.evaluate(EvaluateIns(_parameters(client, session.model), _config(message)))
         _check_status(result, "evaluate")
-        return session.reply({"loss": result.loss, **result.metrics, wire.NUM_EXAMPLES: result.num_examples})
+        metrics = {_OWN_LOSS if name == "loss" else name: value for name, value in result.metrics.items()}
+        return session.reply({"loss": result.loss, **metrics, wire.NUM_EXAMPLES: result.num_examples})
 
     return app
 
@@ -238,7 +240,7 @@ def _evaluate_fn(low_rank: FederatedStrategy, given: legacy.Strategy) -> Evaluat
     def evaluate_fn(server_round: int, _: ArrayRecord) -> MetricRecord | None:
         whole = ndarrays_to_parameters(_ndarrays(low_rank.merged_state_dict()))
         found = given.evaluate(server_round, whole)
-        return None if found is None else MetricRecord({"loss": float(found[0]), **_numbers(found[1])})
+        return None if found is None else MetricRecord({**_numbers(found[1]), "loss": float(found[0])})
 
     return evaluate_fn
 
@@ -425,10 +427,13 @@ class LegacyStrategy(Strategy):
             num_examples, metrics = _told(reply)
             if "loss" not in metrics:
                 raise ValueError("an evaluation reply holds no 'loss': make the ClientApp by legacy_client_app")
-            results.append((_Participant(reply), EvaluateRes(_FINE, float(metrics.pop("loss")), num_examples, metrics)))
-        loss, metrics = self.given.aggregate_evaluate(server_round, results, [])
+            loss = float(metrics.pop("loss"))
+            if _OWN_LOSS in metrics:
+                metrics["loss"] = metrics.pop(_OWN_LOSS)
+            results.append((_Participant(reply), EvaluateRes(_FINE, loss, num_examples, metrics)))
+        aggregated, metrics = self.given.aggregate_evaluate(server_round, results, [])
         record = _metrics(metrics, [(result.num_examples, result.metrics) for _, result in results])
-        return record if loss is None else MetricRecord({"loss": float(loss), **record})
+        return record if aggregated is None else MetricRecord({**record, "loss": float(aggregated)})
 
     def summary(self) -> None:
         """Nothing to tell beside the outer strategy's."""
@@ -474,7 +479,7 @@ def _numbers(metrics: Mapping[str, object]) -> dict[str, float | int]:
     """Those metrics that are numbers; a record holds no others."""
     values = {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()}
     return {
-        name: value if isinstance(value, int) else float(value)
+        name: int(value) if isinstance(value, int) else float(value)  # a truth value is a number, too
         for name, value in values.items()
         if isinstance(value, int | float)
     }

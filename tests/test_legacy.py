@@ -476,3 +476,25 @@ def test_an_evaluation_may_have_nothing_to_say(tmp_path, rows_of, quick_books):
 
 def test_fedavg_is_the_default():
     assert Deployment().run(None, rounds=1).state.ledger.version == 1
+
+
+class CallsItLoss(Flower):
+    def evaluate(self, parameters, config):
+        """A loss of its own beside the one that it returns, and a truth value."""
+        return 2.0, len(self.data[0]), {"loss": 7.0, "is_fine": True}
+
+
+def test_a_metric_that_the_project_calls_loss_is_not_the_loss():
+    seen = []
+
+    def aggregated(found):
+        seen.append([metrics for _, metrics in found])
+        return {"loss": 9.0, "all_fine": True}
+
+    deployment = Deployment(CallsItLoss)
+    strategy = deployment.run(legacy.FedAvg(evaluate_metrics_aggregation_fn=aggregated))
+    assert seen[0] == [{"loss": 7.0, "is_fine": 1}] * CLIENTS
+    found = strategy.books.result.evaluate_metrics_clientapp
+    assert len(found) == 2
+    for metrics in found.values():
+        assert dict(metrics) == {"loss": 2.0, "all_fine": 1}

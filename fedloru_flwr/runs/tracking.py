@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from fedloru_flwr.runs.directory import ROUND_DEFAULTS, RunDirectory
 
 PROJECT = "fedloru-flwr"
 _FILE = "tracking.json"
+_PATIENCE, _LAST_PATIENCE = 10.0, 60.0  # seconds a tracker is waited for, in a round and at the end
 _MLFLOW_BATCH = 500  # metrics in a request; a server takes 1000
 _MLFLOW_PARAMS = 100  # parameters in a request
 _MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED"}
@@ -236,7 +238,7 @@ class MlflowTracker:
 
     def __init__(self, project: str = PROJECT) -> None:
         _require("mlflow")
-        self._project = project
+        self._project, self._id = project, ""
 
     def start(self, run: TrackedRun, known: Known) -> Known:
         """See `Tracker`; neither parameters nor metrics can be replaced, so that nothing is told again."""
@@ -245,7 +247,7 @@ class MlflowTracker:
         from mlflow.entities import Param
 
         self._client: Any = MlflowClient()
-        self._id = known.id or self._client.create_run(self._experiment(), run_name=run.name).info.run_id
+        self._id = known.id or self._id or self._client.create_run(self._experiment(), run_name=run.name).info.run_id
         if known.id:
             self._client.update_run(self._id, status="RUNNING")
         held = self._client.get_run(self._id).data
@@ -299,6 +301,8 @@ class _Followed:
         started: in this process.
         pause: rounds until it is told again, after it has raised.
         failures: how often it has raised.
+        thread: in which it is being told.
+        is_slow: whether it has been waited for in vain.
     """
 
     tracker: Tracker
@@ -306,13 +310,17 @@ class _Followed:
     started: bool = False
     pause: int = 0
     failures: int = 0
+    thread: threading.Thread | None = None
+    is_slow: bool = False
 
 
 class Tracking:
     """Tells trackers of a run, and never stops it.
 
-    A tracker that raises is warned of once. It is tried again after 1, 2, 4... rounds and at the end, and is then told
-    of all that it has missed. How far each one is stands in ``tracking.json`` in the run's directory.
+    Each is told in a thread of its own, for which a round waits 10 seconds and the end of the run a minute; of one that
+    takes longer is warned once, and no later round waits for it. A tracker that raises is warned of once, too. It is
+    tried again after 1, 2, 4... rounds and at the end, and is then told of all that it has missed. How far each one is
+    stands in ``tracking.json`` in the run's directory.
 
     Args:
         trackers: each with a name of its own.
@@ -326,6 +334,7 @@ class Tracking:
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"trackers: two are called {twice[0]!r}, give each a name of its own")
         self._followed = [_Followed(tracker, Known()) for tracker in trackers]
+        self._writing = threading.Lock()
 
     def __bool__(self) -> bool:
         return bool(self._followed)
@@ -385,13 +394,39 @@ class Tracking:
         *,
         summary: Mapping[str, Any] | None = None,
     ) -> None:
-        """Tell a tracker of the round ``now`` and of those before that it lacks."""
+        """Tell a tracker of the round ``now`` and of those before that it lacks; wait for it, but not for ever.
+
+        One that is still busy with what it was told before is left alone, and catches up the next time.
+        """
+        patience = _LAST_PATIENCE if summary is not None else 0.0 if one.is_slow else _PATIENCE
+        if one.thread is not None:
+            one.thread.join(patience)
+        if one.thread is None or not one.thread.is_alive():
+            one.thread = threading.Thread(target=self._tell_now, args=(one, now, summary, self._last), daemon=True)
+            one.thread.start()
+            one.thread.join(patience)
+        if one.thread.is_alive() and not one.is_slow:
+            one.is_slow = True
+            log(
+                WARNING,
+                "tracking by %s takes more than %g seconds; the run goes on, and tells it later what it has missed",
+                one.tracker.name,
+                patience,
+            )
+
+    def _tell_now(
+        self,
+        one: _Followed,
+        now: tuple[int, dict[str, float]] | None,
+        summary: Mapping[str, Any] | None,
+        last_round: int,
+    ) -> None:
         before = one.known
         try:
             if not one.started:
                 one.known = one.tracker.start(self._run, one.known)
                 one.started = True
-            is_abreast = now is not None and one.known.last_round >= self._last
+            is_abreast = now is not None and one.known.last_round >= last_round
             for server_round, scalars in [now] if now and is_abreast else self._all_rounds():
                 if server_round > one.known.last_round:
                     one.tracker.round(server_round, scalars)
@@ -426,12 +461,13 @@ class Tracking:
             return {}
 
     def _write(self) -> None:
-        # What is known of a tracker that this process does not use stays.
-        known = self._read() | {one.tracker.name: one.known for one in self._followed}
-        try:
-            atomic.write_json(self._directory.path / _FILE, {name: one._asdict() for name, one in known.items()})
-        except OSError as error:
-            log(WARNING, "%s cannot be written: %s", self._directory.path / _FILE, error)
+        with self._writing:
+            # What is known of a tracker that this process does not use stays.
+            known = self._read() | {one.tracker.name: one.known for one in self._followed}
+            try:
+                atomic.write_json(self._directory.path / _FILE, {name: one._asdict() for name, one in known.items()})
+            except OSError as error:
+                log(WARNING, "%s cannot be written: %s", self._directory.path / _FILE, error)
 
 
 def _require(library: str) -> None:

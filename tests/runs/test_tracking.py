@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,33 @@ def test_a_tracker_that_does_not_come_up_until_the_end_is_told_of_everything_the
     assert kept.told == [0, 1, 2]
     assert kept.finished == [SUMMARY]
     assert len(warnings) == 1
+
+
+def test_a_run_does_not_wait_for_a_tracker_that_hangs_which_catches_up_once_it_answers(
+    directory, warnings, monkeypatch
+):
+    monkeypatch.setattr(tracking, "_PATIENCE", 0.05)
+    answers = threading.Event()
+
+    class Hanging(Kept):
+        def round(self, server_round, scalars):
+            """Answers when it may."""
+            assert answers.wait(30)
+            super().round(server_round, scalars)
+
+    hanging, whole = Hanging(), Kept()
+    hanging.name = "hanging"
+    books = Books(directory, hanging, whole)
+    books.rows(0, 1, 2)
+    assert whole.told == [0, 1, 2]
+    assert hanging.told == []
+    assert len(warnings) == 1
+    assert "tracking by hanging takes more than 0.05 seconds" in warnings[0]
+    answers.set()
+    books.tracking.finish(SUMMARY)
+    assert hanging.told == [0, 1, 2]
+    assert hanging.finished == [SUMMARY]
+    assert hanging.rounds == whole.rounds
 
 
 def test_a_damaged_note_of_how_far_trackers_are_does_not_stop_a_run(directory, warnings):
