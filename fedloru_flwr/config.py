@@ -203,6 +203,19 @@ class RunConfig:
     max_total_bytes: int = _setting(
         0, "stop after the round in which the run's bytes, up and down, reach so many; 0: no limit", low=0
     )
+    uplink_codec: str = _setting(
+        "float32",
+        "of what clients send: float32, float16, bfloat16, int8 or int4; before it topk:SHARE+ and after it +zstd, if "
+        'wanted; "int4, 100: int8" changes from round 100 on',
+    )
+    downlink_codec: str = _setting(
+        "float32", "the same, without topk, of what the server sends, and of what it accumulates, for everybody"
+    )
+    error_feedback: str = _setting(
+        "auto",
+        "clients keep what the uplink's codec leaves out and add it next time; auto: wherever it leaves something out",
+        choices=("auto", "on", "off"),
+    )
     timeout: float = _setting(3600.0, "seconds to wait for the clients in a round", above=0)
     max_failure_fraction: float = _setting(0.5, "stop if more of a round's clients fail", low=0, high=1)
     max_norm_ratio: float = _setting(
@@ -353,10 +366,23 @@ class RunConfig:
                     "it out"
                 )
 
+    def _check_codecs(self) -> None:
+        """Refuse codecs that there are not."""
+        for name in ("uplink_codec", "downlink_codec"):
+            if (text := getattr(self, name)) == "float32":
+                continue
+            from fedloru_flwr.lowrank import CodecError, CodecSchedule  # with torch, which plain settings do without
+
+            try:
+                CodecSchedule.parse(text)
+            except CodecError as error:
+                raise ConfigError(f"{name_to_key(name)} = {text!r}: {error}") from error
+
     def _check_together(self) -> None:
         self._check_method()
         self._check_model()
         _ = self.accumulation_rounds, self.hidden_widths, self.sample_shape, self.trackers
+        self._check_codecs()
         if not self.output_dir.strip():
             raise ConfigError("output-dir is empty: name a directory, '.' for the one at hand")
         if not self.track_project.strip():

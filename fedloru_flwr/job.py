@@ -206,6 +206,9 @@ def build_strategy(config: RunConfig, model: ModelSource, **common: Unpack[Commo
     common["proximal_mu"] = config.proximal_mu
     common["scaffold"] = config.scaffold
     common["measure_aggregation"] = config.aggregation_error
+    common["uplink_codec"] = config.uplink_codec
+    common["downlink_codec"] = config.downlink_codec
+    common["error_feedback"] = None if config.error_feedback == "auto" else config.error_feedback == "on"
     return ALGORITHMS[config.algorithm].build(config, model, **common)
 
 

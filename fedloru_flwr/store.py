@@ -127,7 +127,7 @@ class Store:
         """Keep a ledger entry, unless it is here."""
         path = self._file("entries", entry.digest)
         if not path.exists():
-            self._write(path, entry.adapter, {"link": json.dumps(entry.link())})
+            self._write(path, entry.tensors(), {"link": json.dumps(entry.link())})
 
     def entry(self, digest: str) -> Entry | None:
         """The entry of this digest, or None; one that does not match its digest is removed and counts as absent."""

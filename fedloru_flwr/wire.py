@@ -32,10 +32,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedloru_flwr.lowrank import Entry
+from fedloru_flwr.coding import Parcel
+from fedloru_flwr.lowrank import Codec, Entry
 from fedloru_flwr.lowrank.forms import FORMS, Form
+from fedloru_flwr.lowrank.ledger import CODED
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 INLINE_LIMIT = 2**20
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
@@ -111,6 +113,8 @@ class Work:
         keep_from: what it keeps of rounds before this one will not be asked for again.
         proximal_mu: FedProx's ``mu``.
         scaffold: whether control variates are exchanged.
+        uplink: the codec of the reply; empty for plain float32.
+        feedback: whether what the codec leaves out is kept and added next time.
     """
 
     rank: int = 0
@@ -121,6 +125,8 @@ class Work:
     keep_from: int = 0
     proximal_mu: float = 0.0
     scaffold: bool = False
+    uplink: str = ""
+    feedback: bool = False
 
 
 _SETTINGS: dict[str, type | tuple[type, ...]] = {
@@ -155,6 +161,7 @@ class Order:
     config_key: str
     work: Work = Work()
     extras: dict[str, Tensor] = field(default_factory=dict)
+    parcel: Parcel | None = None
 
 
 @dataclass(frozen=True)
@@ -250,8 +257,10 @@ def _write_head(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
 
 
 _PLAIN_ARRAY = re.compile(
-    rb"\x93NUMPY\x01\x00(..)\{'descr': '<f([48])', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n", re.DOTALL
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '(<f4|<f8|\|u1)', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n",
+    re.DOTALL,
 )
+_DTYPES = {b"<f4": torch.float32, b"<f8": torch.float64, b"|u1": torch.uint8}
 _HEAD_BYTES = 128
 
 
@@ -269,7 +278,7 @@ def _read_head(head: bytes) -> _Head | None:
     if found is None or int.from_bytes(found[1], "little") != len(head) - 10:
         return None
     shape = tuple(int(length) for length in found[3].split(b",") if length.strip())
-    dtype = torch.float32 if found[2] == b"4" else torch.float64
+    dtype = _DTYPES[found[2]]
     count = math.prod(shape)
     return _Head(dtype, shape, _HEAD_BYTES + count * dtype.itemsize) if count else None
 
@@ -341,18 +350,27 @@ def _digest(value: object) -> str:
 
 
 def _flatten(entries: Sequence[Entry]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    tensors = {f"{i}/{key}": tensor for i, entry in enumerate(entries) for key, tensor in entry.adapter.items()}
-    chain = [entry.link() for entry in entries]
-    return tensors, chain
+    tensors = {f"{i}/{key}": tensor for i, entry in enumerate(entries) for key, tensor in entry.tensors().items()}
+    links = [entry.link() for entry in entries]
+    return tensors, [_told(link, before) for link, before in zip(links, [{}, *links], strict=False)]
+
+
+def _told(link: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What a link says that does not follow from the one before."""
+    expected = {**before, "previous": before.get("digest")}
+    told = {**dict.fromkeys(before, ""), **link}  # what it lacks and the one before had, such as a codec
+    return {name: value for name, value in told.items() if name not in expected or expected[name] != value}
 
 
 def _unflatten(tensors: Mapping[str, Tensor], chain: Any) -> tuple[Entry, ...]:
     entries = []
     try:
+        link: dict[str, Any] = {}
         for index, raw in enumerate(chain):
             prefix = f"{index}/"
+            link = {**link, "previous": link.get("digest"), **raw}
             adapter = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-            entries.append(Entry.linked(raw, adapter))
+            entries.append(Entry.linked(link, adapter))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise WireError(f"ledger entries do not parse: {error}") from error
     return tuple(entries)
@@ -392,6 +410,8 @@ def _work(raw: dict[str, Any]) -> Work:
         raise ValueError(f"work: numbers out of range in {str(raw)[:200]}")
     if work.half not in ("both", "a", "b") or not _RUN.fullmatch(work.run) or not math.isfinite(work.proximal_mu):
         raise ValueError(f"work: {str(raw)[:200]}")
+    if work.uplink:
+        Codec.parse(work.uplink)
     return work
 
 
@@ -411,6 +431,7 @@ def order_content(
     entries: bytes = b"",
     statistics: Mapping[str, Tensor] | None = None,
     extras: bytes = b"",
+    parcel: Parcel | None = None,
 ) -> RecordDict:
     """Complete a content made by a Flower strategy (one ArrayRecord, one ConfigRecord) to an order.
 
@@ -424,11 +445,13 @@ def order_content(
         entries: ledger entries that it lacks, see `entries_to_bytes`.
         statistics: running statistics.
         extras: what else the method sends, see `extras_to_bytes`.
+        parcel: what the arrays hold, where they are coded.
     """
     (arrays_key, own), (config_key, config) = _only_arrays(template), _only_config(template)
     completed = ConfigRecord(dict(config))
     said = {name: value for name, value in asdict(work).items() if value != getattr(_NO_WORK, name)}
-    completed[HEADER] = _header("work", root, lineage, settings, **({"work": said} if said else {}))
+    more = {**({"work": said} if said else {}), **({} if parcel is None else {CODED: parcel.label()})}
+    completed[HEADER] = _header("work", root, lineage, settings, **more)
     if extras:
         completed[EXTRAS] = extras
     if entries:
@@ -521,6 +544,12 @@ def read_order(message: Message) -> Order:
         name: t.view(torch.bfloat16) if name in brain and t.dtype == torch.int16 else t
         for name, t in to_tensors(arrays).items()
     }
+    parcel = None
+    if CODED in header:
+        try:
+            parcel, tensors = Parcel.labelled(header[CODED], tensors), {}
+        except (TypeError, ValueError) as error:
+            raise WireError(str(error)) from error
     entries: tuple[Entry, ...] = ()
     if kind == "entries":
         entries = _unflatten(tensors, header.get("chain"))
@@ -540,6 +569,7 @@ def read_order(message: Message) -> Order:
         config_key,
         work,
         _from_bytes(config[EXTRAS], "extras")[0] if EXTRAS in config else {},
+        parcel,
     )
 
 
@@ -735,7 +765,8 @@ class _ArraysSize(NamedTuple):
 @lru_cache(64)
 def _size_of_arrays(like: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> _ArraysSize | None:
     """What follows from names, shapes and dtypes; None where these do not tell the size."""
-    if not all(dtype.is_floating_point and 0 < shape.numel() * 8 < _CHUNK for _, shape, dtype in like):
+    sized = (dtype.is_floating_point or dtype == torch.uint8 for _, _, dtype in like)
+    if not all(sized) or not all(0 < shape.numel() * 8 < _CHUNK for _, shape, _ in like):
         return None
     tensors = {name: torch.full(shape, float(i), dtype=dtype) for i, (name, shape, dtype) in enumerate(like)}
     alike: dict[tuple[torch.Size, torch.dtype], list[str]] = {}

@@ -33,3 +33,12 @@ class LowRankEF(ClientMethod):
             kept[key] = update - product(layer, pair)
         dense = {key: values[key] for key in site.plan.dense_leaves if key not in compressed}
         return {**pairs, **dense}, kept
+
+    def forgive(
+        self, site: Site, kept: dict[str, Tensor], sent: Mapping[str, Tensor], arrives: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the codec leaves out of a pair is left out of the update, as what the pair leaves out is."""
+        return {
+            layer.weight_key: kept[layer.weight_key] + product(layer, sent) - product(layer, arrives)
+            for layer in site.plan.layers
+        }

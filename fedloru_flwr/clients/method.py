@@ -40,6 +40,11 @@ class Site:
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
+    def known(self) -> dict[str, Tensor]:
+        """What the server knows too, before training: what it sent, and fresh factors where it sent none."""
+        return self.plan.with_fresh(self.received, self.settings.seed, self.work.draw, self.work.rank or None)
+
+    @property
     def lost_state(self) -> bool:
         """Whether it kept something of its own that is gone."""
         return bool(self.work.run) and self.work.counted > 0 and not self.state
@@ -60,10 +65,7 @@ class ClientMethod:
 
     def start(self, site: Site) -> dict[str, Tensor]:
         """The model's values before training."""
-        received = dict(site.received)
-        if site.plan.factor_keys and not any(key in received for key in site.plan.factor_keys):
-            received |= site.plan.fresh(site.settings.seed, site.work.draw, site.work.rank or None)
-        return site.plan.whole(received, site.settings.seed, site.work.draw)
+        return site.plan.whole(site.known, site.settings.seed, site.work.draw)
 
     def trained(self, site: Site) -> tuple[str, ...]:
         """What is trained, and sent, in the order of the Trainables."""
@@ -79,6 +81,12 @@ class ClientMethod:
     def finish(self, site: Site, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What is sent and what is kept, after training."""
         return {key: values[key] for key in self.trained(site)}, {}
+
+    def forgive(
+        self, site: Site, kept: dict[str, Tensor], sent: Mapping[str, Tensor], arrives: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What is kept where a codec has changed what is sent to what ``arrives``."""
+        return kept
 
     def has_global_model(self) -> bool:
         """Whether what the server holds is a whole model."""

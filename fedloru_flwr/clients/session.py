@@ -27,8 +27,11 @@ from fedloru_flwr.clients.control import correction, new_control
 from fedloru_flwr.clients.identity import client_identity
 from fedloru_flwr.clients.method import ClientMethod, Site, client_method
 from fedloru_flwr.clients.task import LocalResult, LocalTask
+from fedloru_flwr.coding import RESIDUAL, Parcel, encode_update
 from fedloru_flwr.data import Samples
 from fedloru_flwr.lowrank import (
+    Codec,
+    CodecError,
     Entry,
     derive_seed,
     digest_tensors,
@@ -38,7 +41,7 @@ from fedloru_flwr.lowrank import (
 )
 from fedloru_flwr.lowrank.random import GeneratorStates
 from fedloru_flwr.models.adapters import AdaptedModel
-from fedloru_flwr.models.plan import build_seeded, plan_model
+from fedloru_flwr.models.plan import AdapterPlan, build_seeded, plan_model
 from fedloru_flwr.store import Holdings, Store, default_store
 
 ModelSource = Callable[[], nn.Module] | nn.Module
@@ -271,10 +274,11 @@ class Contact:
         self._note(base)
         host.mark()
         work = order.work
-        self._own_state = bool(work.run) and (self.method.keeps_state or work.scaffold)
+        self._own_state = bool(work.run) and (self.method.keeps_state or work.scaffold or work.feedback)
         kept = store.state(work.run, self.client, work.counted) if self._own_state and work.counted else None
         plan = host.adapted.plan
-        self.site = Site(plan, order.settings, work, order.tensors, order.server_round, self.client, kept or {})
+        received = order.tensors if order.parcel is None else _opened(order.parcel, plan, order)
+        self.site = Site(plan, order.settings, work, received, order.server_round, self.client, kept or {})
         self.server_round = order.server_round
         self.seed = derive_seed(
             order.settings.seed, "client", self.client, order.server_round, message.metadata.message_type
@@ -359,6 +363,8 @@ class Contact:
             trained, gradients = self.method.trained(self.site), result.mean_gradients or {}
             extras, control = new_control(self.site, trained, gradients, self.order.extras)
             kept |= control
+        if self.order.work.uplink:
+            sent, kept = self._coded(sent, kept)
         if self._own_state:
             work = self.order.work
             self._store.forget_states(work.run, self.client, work.keep_from)
@@ -376,6 +382,24 @@ class Contact:
             lost_state=self._own_state and self.site.lost_state,
         )
         return self._ready(reply, trained=True)
+
+    def _coded(
+        self, sent: Mapping[str, Tensor], kept: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What is sent under the codec, and what is kept with what that leaves out.
+
+        What was left out of a factor is of that factor: where the factors have been drawn anew since, it is dropped.
+        """
+        site, work = self.site, self.order.work
+        known = site.known
+        names = {key: f"{RESIDUAL}{_generation(site, key)}{key}" for key in known}
+        before = {key: site.state[name] for key, name in names.items() if work.feedback and name in site.state}
+        seed = derive_seed(site.settings.seed, "uplink", self.client, self.server_round)
+        coded, arrives, left = encode_update(Codec.parse(work.uplink), sent, known, before, seed)
+        kept = self.method.forgive(site, kept, sent, arrives)
+        if work.feedback:
+            kept |= {names[key]: value for key, value in {**before, **left}.items() if key in names}
+        return coded, kept
 
     def _ready(self, reply: wire.Reply, *, trained: bool) -> wire.ReadyReply:
         order = self.order
@@ -399,6 +423,22 @@ class Contact:
                 f"positive number; got {metrics.get(weighted_by)!r}"
             )
         return record
+
+
+def _opened(parcel: Parcel, plan: AdapterPlan, order: wire.Order) -> dict[str, Tensor]:
+    """What the order's parcel holds; clients whose messages are of one content share the order."""
+    if not order.tensors:
+        try:
+            drawn = plan.fresh(order.settings.seed, order.work.draw, order.work.rank or None)
+            order.tensors.update(parcel.opened(drawn))
+        except CodecError as error:
+            raise wire.WireError(f"the Trainables do not parse: {error}") from error
+    return order.tensors
+
+
+def _generation(site: Site, key: str) -> str:
+    """What tells a factor from the one of the same name before a restart."""
+    return "" if key in site.plan.dense_leaves else f"{site.work.draw}/"
 
 
 class LowRankSession:

@@ -12,6 +12,7 @@ from fedloru_flwr.lowrank.aggregation import (
     unnest,
 )
 from fedloru_flwr.lowrank.averaging import weighted_mean
+from fedloru_flwr.lowrank.codecs import Codec, CodecError, CodecSchedule
 from fedloru_flwr.lowrank.compress import compress, has_zero_product, join, relative_difference
 from fedloru_flwr.lowrank.factors import (
     Adapter,
@@ -42,6 +43,9 @@ from fedloru_flwr.lowrank.streaming import FixedTree, TreeMean, TreeProducts, pl
 __all__ = [
     "AccumulationSchedule",
     "Adapter",
+    "Codec",
+    "CodecError",
+    "CodecSchedule",
     "Entry",
     "FactorisedLayer",
     "FixedTree",

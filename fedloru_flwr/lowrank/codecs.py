@@ -15,7 +15,8 @@ so that the expectation of ``s q`` is ``x`` (QSGD, arXiv 1610.02132). The rows a
 its transpose, whichever are fewer: a factor ``B (out, r)`` has ``r`` of them. The places of what a sparse tensor keeps
 are coded by Elias and Fano's method (about ``2 + log2(1 / F)`` bits each), or as one bit a place, whichever is less.
 
-Both sides know names and shapes, so that nothing but numbers travels, and the size follows from the shapes.
+Both sides know names and shapes, so that nothing but numbers travels, and the size follows from the shapes: first the
+scales of all rows, then the codes of all numbers, then the places of those that are kept.
 """
 
 import importlib.util
@@ -24,8 +25,11 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,13 +110,17 @@ class Codec:
 
     def size(self, shapes: Iterable[Sequence[int]]) -> int:
         """The bytes of tensors of these shapes: exactly, or with zstd at most."""
-        return sum(self._size(math.prod(shape), _rows(shape)) for shape in shapes) + self.lossless
-
-    def _size(self, count: int, rows: int) -> int:
-        kept = self._kept(count)
-        places = 0 if kept == count else min(_bitmap_bytes(count), _EliasFano(count, kept).size)
-        scales = 4 * (rows if kept == count else 1) if self.numbers in ("int8", "int4") else 0
-        return scales + -(-kept * _BITS[self.numbers] // 8) + places if count else 0
+        scales = kept = places = 0
+        for shape in shapes:
+            count = math.prod(shape)
+            if not count:
+                continue
+            own = self._kept(count)
+            kept += own
+            scales += _rows(shape) if own == count else 1
+            places += 0 if own == count else min(_bitmap_bytes(count), _EliasFano(count, own).size)
+        beside = 4 * scales if self.numbers in ("int8", "int4") else 0
+        return beside + -(-kept * _BITS[self.numbers] // 8) + places + self.lossless
 
     def _kept(self, count: int) -> int:
         return min(count, max(1, math.ceil(self.keep * count)))
@@ -127,29 +135,37 @@ class Codec:
             tensors: of floating point; wider ones than float32 are rounded to it.
             seed: of the rounding; the same gives the same bytes, on the CPU and on a GPU.
         """
-        dither = _Dither(seed) if self.numbers in ("int8", "int4") else None
-        parts = [part for tensor in tensors.values() for part in self._encode(tensor.detach().float(), dither)]
-        data = b"".join(part.contiguous().view(torch.uint8).cpu().numpy().tobytes() for part in parts)
+        matrices, places = self._matrices(tensors.values())
+        if self.numbers in _FLOATS:
+            parts = [matrix.to(_FLOATS[self.numbers]) for matrix in matrices]
+        elif sum(matrix.numel() for matrix in matrices) <= _BLOCK:
+            parts = _quantise_small(matrices, _BITS[self.numbers], seed)
+        else:
+            dither = _Dither(seed)
+            quantised = [_quantise(matrix, _BITS[self.numbers], dither) for matrix in matrices]
+            parts = [*(scales for scales, _ in quantised), *(codes for _, codes in quantised)]
+        if self.numbers == "int4":
+            count = len(matrices) if len(parts) > 2 else 1
+            parts = [*parts[:-count], _write_nibbles(torch.cat(parts[-count:]))]
+        data = b"".join(_bytes_of(part) for part in (*parts, *places))
         return _compressed(data) if self.lossless else data
 
-    def _encode(self, tensor: Tensor, dither: "_Dither | None") -> list[Tensor]:
-        count = tensor.numel()
-        if not count:
-            return []
-        kept = self._kept(count)
-        if kept == count:
-            return self._written(_matrix(tensor), dither)
-        flat = tensor.flatten()
-        places = _largest(flat.abs(), kept)
-        code = _EliasFano(count, kept)
-        written = code.write(places) if code.size < _bitmap_bytes(count) else _write_bitmap(places, count)
-        return [*self._written(flat[places][None], dither), written]
-
-    def _written(self, matrix: Tensor, dither: "_Dither | None") -> list[Tensor]:
-        if dither is None:
-            return [matrix.to(_FLOATS[self.numbers]).flatten()]
-        scales, codes = _quantise(matrix, _BITS[self.numbers], dither)
-        return [scales, codes if self.numbers == "int8" else _write_nibbles(codes)]
+    def _matrices(self, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What is sent of each tensor, as a matrix whose rows have scales; and the places of what is not all sent."""
+        matrices, places = [], []
+        for tensor in tensors:
+            kept = self._kept(tensor.numel())
+            if kept == tensor.numel():
+                if kept:
+                    matrices.append(_matrix(tensor.detach().float()))
+                continue
+            flat = tensor.detach().float().flatten()
+            chosen = _largest(flat.abs(), kept)
+            matrices.append(flat[chosen][None])
+            code = _EliasFano(len(flat), kept)
+            is_bitmap = code.size >= _bitmap_bytes(len(flat))
+            places.append(_write_bitmap(chosen, len(flat)) if is_bitmap else code.write(chosen))
+        return matrices, places
 
     @torch.no_grad()
     def decode(self, data: bytes, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -163,34 +179,100 @@ class Codec:
             data = _expanded(data, expected)
         if len(data) != expected:
             raise CodecError(f"{len(data)} bytes where {self} has {expected} for these shapes")
-        reader = _Reader(data)
-        return {name: self._decode(reader, tuple(shape)) for name, shape in shapes.items()}
+        sent = [(math.prod(shape), self._kept(math.prod(shape)), shape) for shape in shapes.values()]
+        rows = [(_rows(shape) if kept == count else 1) if count else 0 for count, kept, shape in sent]
+        counts = [kept for _, kept, _ in sent]
+        numbers, end = self._numbers(data, rows, counts)
+        reader, found = _Reader(data[end:] if self.keep < 1 else b""), {}
+        for name, (count, kept, shape), flat in zip(shapes, sent, torch.split(numbers, counts), strict=True):
+            if kept == count:
+                found[name] = _unmatrix(flat, tuple(shape))
+                continue
+            code = _EliasFano(count, kept)
+            is_bitmap = code.size >= _bitmap_bytes(count)
+            written = reader.take(_bitmap_bytes(count) if is_bitmap else code.size)
+            whole = torch.zeros(count)
+            whole[_read_bitmap(written, count, kept) if is_bitmap else code.read(written)] = flat
+            found[name] = whole.view(tuple(shape))
+        return found
 
-    def _decode(self, reader: "_Reader", shape: tuple[int, ...]) -> Tensor:
-        count = math.prod(shape)
-        if not count:
-            return torch.zeros(shape)
-        kept = self._kept(count)
-        if kept == count:
-            rows = _rows(shape)
-            return _unmatrix(self._read(reader, rows, count // rows), shape)
-        values = self._read(reader, 1, kept)[0]
-        code = _EliasFano(count, kept)
-        is_bitmap = code.size >= _bitmap_bytes(count)
-        written = reader.take(_bitmap_bytes(count) if is_bitmap else code.size)
-        flat = torch.zeros(count)
-        flat[_read_bitmap(written, count, kept) if is_bitmap else code.read(written)] = values
-        return flat.view(shape)
-
-    def _read(self, reader: "_Reader", rows: int, length: int) -> Tensor:
+    def _numbers(self, data: bytes, rows: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, int]:
+        """All numbers that were sent, row by row, and where their bytes end."""
+        total, reader = sum(counts), _Reader(data)
         if self.numbers in _FLOATS:
-            return reader.take(rows * length, _FLOATS[self.numbers]).float().view(rows, length)
-        scales = reader.take(rows, torch.float32)
+            values = reader.take(total, _FLOATS[self.numbers]).float()
+            return values, total * _BITS[self.numbers] // 8
+        scales = reader.take(sum(rows), torch.float32)
         if self.numbers == "int8":
-            codes = reader.take(rows * length, torch.int8)
+            codes = reader.take(total, torch.int8)
         else:
-            codes = _read_nibbles(reader.take(-(-rows * length // 2)), rows * length)
-        return codes.view(rows, length) * scales[:, None]
+            codes = _read_nibbles(reader.take(-(-total // 2)), total)
+        end = 4 * sum(rows) + -(-total * _BITS[self.numbers] // 8)
+        if total <= _BLOCK:
+            lengths = _lengths(tuple(zip(rows, counts, strict=True)))
+            return torch.from_numpy(codes.numpy() * np.repeat(scales.numpy(), lengths)), end
+        numbers = torch.empty(total)
+        at = row = 0
+        for of, count in zip(rows, counts, strict=True):
+            if count:
+                into, part = numbers[at : at + count].view(of, -1), codes[at : at + count].view(of, -1)
+                torch.mul(part, scales[row : row + of, None], out=into)
+            at, row = at + count, row + of
+        return numbers, end
+
+
+@dataclass(frozen=True)
+class CodecSchedule:
+    """A codec that may change over the rounds, written as ``int4`` or ``int4, 100: int8`` (from round 100 on).
+
+    Attributes:
+        steps: first rounds, ascending from 1, and codecs.
+    """
+
+    steps: tuple[tuple[int, Codec], ...] = ((1, Codec()),)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The schedule of this text.
+
+        Raises:
+            CodecError: if it makes no sense, with what is allowed.
+        """
+        steps = []
+        for index, part in enumerate(text.split(",")):
+            first, colon, name = part.partition(":")
+            if not index:
+                first, name = "1", part
+            elif not (colon and first.strip().isdecimal()):
+                raise CodecError(f"codec {text!r}: expected 'CODEC, ROUND: CODEC, ...', got {part.strip()!r}")
+            steps.append((int(first), Codec.parse(name)))
+        rounds = [first for first, _ in steps]
+        if any(later <= earlier for earlier, later in pairwise(rounds)):
+            raise CodecError(f"codec {text!r}: the rounds must ascend, from 2")
+        return cls(tuple(steps))
+
+    def __str__(self) -> str:
+        (_, first), *later = self.steps
+        return ", ".join([str(first), *(f"{begin}: {codec}" for begin, codec in later)])
+
+    def at(self, server_round: int) -> Codec:
+        """The codec of a round."""
+        return next(codec for first, codec in reversed(self.steps) if first <= max(1, server_round))
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """All of them, in order."""
+        return tuple(codec for _, codec in self.steps)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether float32 tensors always come back bit for bit."""
+        return all(codec.is_exact for codec in self.codecs)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tensors travel as they are, in float32 and not compressed."""
+        return all(codec == Codec() for codec in self.codecs)
 
 
 _NUMBER = re.compile(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?")
@@ -230,19 +312,38 @@ def _matrix(tensor: Tensor) -> Tensor:
     return matrix if len(matrix) <= matrix.shape[1] else matrix.T.contiguous()
 
 
-def _unmatrix(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-    first = shape[0] if len(shape) > 1 else 1
-    return matrix.reshape(shape) if first <= math.prod(shape) // first else matrix.T.reshape(shape)
+def _unmatrix(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor of a `_matrix` that has been written row by row."""
+    first, count = shape[0] if len(shape) > 1 else 1, flat.numel()
+    if not count or first <= count // first:
+        return flat.reshape(shape)
+    return flat.view(count // first, first).T.reshape(shape)
+
+
+@lru_cache(256)
+def _lengths(of: tuple[tuple[int, int], ...]) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """The length of every row of matrices of these numbers of rows and numbers."""
+    return np.array([count // rows for rows, count in of for _ in range(rows)], dtype=np.int64)
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _largest(sizes: Tensor, kept: int) -> Tensor:
     """The places of the largest, ascending; of equal ones at the limit the first."""
-    sizes = torch.where(sizes.isnan(), math.inf, sizes)
-    limit = torch.topk(sizes, kept, sorted=False).values.min()
-    above = sizes > limit
-    at_limit = (sizes == limit).nonzero().flatten()[: kept - int(above.sum())]
-    above[at_limit] = True
-    return above.nonzero().flatten()
+    if sizes.isnan().any():
+        sizes = torch.where(sizes.isnan(), math.inf, sizes)
+    if sizes.numel() <= _BLOCK:  # NumPy is much faster here
+        numbers = sizes.cpu().numpy()
+        limit = np.partition(numbers, len(numbers) - kept)[len(numbers) - kept]
+        above = numbers > limit
+        above[np.flatnonzero(numbers == limit)[: kept - int(above.sum())]] = True
+        return torch.from_numpy(np.flatnonzero(above)).to(sizes.device)
+    least = torch.topk(sizes, kept, sorted=False).values.min()
+    chosen = sizes > least
+    chosen[(sizes == least).nonzero().flatten()[: kept - int(chosen.sum())]] = True
+    return chosen.nonzero().flatten()
 
 
 class _Dither:
@@ -261,6 +362,28 @@ class _Dither:
         self._supply = self._supply.to(device)
         start = int(torch.randint(_NOISE - count + 1, (), generator=self._generator))
         return self._supply[start : start + count]
+
+
+def _quantise_small(matrices: Sequence[Tensor], bits: int, seed: int) -> list[Tensor]:
+    """Scales of all rows and codes of all numbers, at most `_BLOCK` of them, in one go: tensors this small cost more to
+    address than to compute."""
+    if not matrices:
+        return [torch.empty(0), torch.empty(0, dtype=torch.int8)]
+    levels = np.float32(2 ** (bits - 1) - 1 - _MARGIN)
+    flat = np.concatenate([matrix.cpu().numpy().ravel() for matrix in matrices])
+    lengths = _lengths(tuple((len(matrix), matrix.numel()) for matrix in matrices))
+    largest = np.maximum.reduceat(np.abs(flat), np.cumsum(lengths) - lengths)
+    is_finite = np.isfinite(largest)
+    with np.errstate(all="ignore"):  # rows of zeros, and the smallest numbers there are, which have no reciprocal
+        factor = levels / largest
+        scales = np.where(is_finite, largest / levels, np.float32("nan"))
+        factor[~(np.isfinite(factor) & is_finite)] = 0
+        scaled = flat * np.repeat(factor, lengths)
+    if not is_finite.all():
+        scaled[~np.isfinite(scaled)] = 0
+    scaled += np.random.Generator(np.random.PCG64(seed)).random(len(scaled), dtype=np.float32)
+    codes = np.floor(scaled, out=scaled).astype(np.int8)
+    return [torch.from_numpy(scales), torch.from_numpy(codes)]
 
 
 def _quantise(matrix: Tensor, bits: int, dither: _Dither) -> tuple[Tensor, Tensor]:
@@ -328,11 +451,11 @@ class _EliasFano:
 
     def write(self, places: Tensor) -> Tensor:
         """As bytes."""
-        shifts = torch.arange(self._low - 1, -1, -1, device=places.device)
-        low = (places[:, None] >> shifts) & 1
-        high = torch.zeros(self._high_bits, dtype=torch.uint8, device=places.device)
-        high[(places >> self._low) + torch.arange(self.kept, device=places.device)] = 1
-        return torch.cat([_pack_bits(low.flatten().to(torch.uint8)), _pack_bits(high)])
+        at = places.cpu().numpy()
+        low = (at[:, None] >> np.arange(self._low - 1, -1, -1)) & 1
+        high = np.zeros(self._high_bits, dtype=np.uint8)
+        high[(at >> self._low) + np.arange(self.kept)] = 1
+        return torch.from_numpy(np.concatenate([np.packbits(low.astype(np.uint8)), np.packbits(high)]))
 
     def read(self, data: Tensor) -> Tensor:
         """The places.
@@ -341,16 +464,15 @@ class _EliasFano:
             CodecError: if the bytes are not of as many places in this range.
         """
         low_bytes = -(-self.kept * self._low // 8)
-        low = _unpack_bits(data[:low_bytes])[: self.kept * self._low].view(self.kept, self._low).long()
-        set_bits = _unpack_bits(data[low_bytes:])[: self._high_bits].nonzero().flatten()
+        bits = np.unpackbits(data.numpy()[:low_bytes], count=self.kept * self._low)
+        low = bits.reshape(self.kept, self._low).astype(np.int64) @ (1 << np.arange(self._low - 1, -1, -1))
+        (set_bits,) = np.unpackbits(data.numpy()[low_bytes:], count=self._high_bits).nonzero()
         if len(set_bits) != self.kept:
             raise CodecError(f"the code of {self.kept} places has {len(set_bits)} of them")
-        high = set_bits - torch.arange(self.kept)
-        shifts = torch.arange(self._low - 1, -1, -1)
-        places = (high << self._low) + (low << shifts).sum(1)
-        if bool((places[1:] <= places[:-1]).any()) or int(places[-1]) >= self.count:
+        places = ((set_bits - np.arange(self.kept)) << self._low) + low
+        if (places[1:] <= places[:-1]).any() or places[-1] >= self.count:
             raise CodecError(f"the code of {self.kept} places of {self.count} has some twice, or beyond the last")
-        return places
+        return torch.from_numpy(places)
 
 
 def _bitmap_bytes(count: int) -> int:
@@ -358,29 +480,16 @@ def _bitmap_bytes(count: int) -> int:
 
 
 def _write_bitmap(places: Tensor, count: int) -> Tensor:
-    bits = torch.zeros(count, dtype=torch.uint8, device=places.device)
-    bits[places] = 1
-    return _pack_bits(bits)
+    bits = np.zeros(count, dtype=np.uint8)
+    bits[places.cpu().numpy()] = 1
+    return torch.from_numpy(np.packbits(bits))
 
 
 def _read_bitmap(data: Tensor, count: int, kept: int) -> Tensor:
-    places = _unpack_bits(data)[:count].nonzero().flatten()
+    (places,) = np.unpackbits(data.numpy(), count=count).nonzero()
     if len(places) != kept:
         raise CodecError(f"the bitmap of {kept} places has {len(places)} of them")
-    return places
-
-
-def _pack_bits(bits: Tensor) -> Tensor:
-    """Bits as bytes, the first in the highest place."""
-    bits = torch.cat([bits, bits.new_zeros(-len(bits) % 8)]).view(-1, 8)
-    packed = torch.zeros(len(bits), dtype=torch.uint8, device=bits.device)
-    for place in range(8):
-        packed |= bits[:, place] << (7 - place)
-    return packed
-
-
-def _unpack_bits(data: Tensor) -> Tensor:
-    return ((data[:, None] >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1).flatten()
+    return torch.from_numpy(places)
 
 
 def _compressed(data: bytes) -> bytes:

@@ -2,20 +2,25 @@
 
 The root digest names ``W0``; an entry's digest is ``sha256(previous digest, scale, draw, factors)``. So the last digest
 names the model's whole lineage, and two parties that hold the same digest hold the same model.
+
+An entry may be coded: then its factors are what its bytes decode to, for everybody, the server included, and its bytes
+are what travels and is kept.
 """
 
 import hashlib
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedloru_flwr.lowrank.codecs import Codec
 from fedloru_flwr.lowrank.factors import Adapter
 
+CODED = "coded"  # the key of a coded entry's bytes
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -44,6 +49,8 @@ class Entry:
         scale: ``s``.
         adapter: the factors; of a one-sided method ``B`` alone.
         draw: of a one-sided method the number of the draw that gives ``A``, see `frozen_a`; else 0.
+        codec: by which the factors are coded; empty if they are not.
+        coded: their bytes.
     """
 
     digest: str
@@ -51,6 +58,8 @@ class Entry:
     scale: float
     adapter: Adapter
     draw: int = 0
+    codec: str = ""
+    coded: bytes = b""
 
     @classmethod
     def after(cls, previous: str, adapter: Adapter, scale: float, draw: int = 0) -> "Entry":
@@ -58,20 +67,53 @@ class Entry:
         salt = previous.encode() + struct.pack("<dq", scale, draw)
         return cls(digest_tensors(adapter, salt=salt), previous, scale, adapter, draw)
 
+    @classmethod
+    def coded_after(cls, previous: str, adapter: Adapter, scale: float, draw: int, codec: Codec, seed: int) -> "Entry":
+        """Code an adapter and chain what that leaves of it to the lineage ``previous``.
+
+        Args:
+            previous: the lineage before.
+            adapter: the factors.
+            scale: ``s``.
+            draw: see `Entry`.
+            codec: how they are coded.
+            seed: of the rounding.
+        """
+        coded = codec.encode(adapter, seed)
+        arrived = codec.decode(coded, {key: tensor.shape for key, tensor in adapter.items()})
+        return replace(cls.after(previous, arrived, scale, draw), codec=str(codec), coded=coded)
+
+    def tensors(self) -> Adapter:
+        """What is kept and sent of it: the factors, or their bytes."""
+        return {CODED: torch.frombuffer(bytearray(self.coded), dtype=torch.uint8)} if self.codec else self.adapter
+
+    def nbytes(self) -> int:
+        """The size of `tensors`."""
+        return len(self.coded) if self.codec else sum(tensor.nbytes for tensor in self.adapter.values())
+
     def link(self) -> dict[str, Any]:
         """The entry without its tensors, as JSON can hold it."""
-        return {"digest": self.digest, "previous": self.previous, "scale": self.scale, "draw": self.draw}
+        link = {"digest": self.digest, "previous": self.previous, "scale": self.scale, "draw": self.draw}
+        if self.codec:
+            link["codec"] = self.codec
+            link["shapes"] = {key: list(tensor.shape) for key, tensor in self.adapter.items()}
+        return link
 
     @classmethod
-    def linked(cls, raw: Mapping[str, Any], adapter: Adapter) -> "Entry":
-        """The entry of a `link` and its tensors.
+    def linked(cls, raw: Mapping[str, Any], tensors: Adapter) -> "Entry":
+        """The entry of a `link` and its `tensors`.
 
         Raises:
             ValueError: if it is malformed, or its digest does not belong to the content.
         """
         try:
             digest, previous, scale, draw = raw["digest"], raw["previous"], float(raw["scale"]), raw["draw"]
-        except (KeyError, TypeError, OverflowError) as error:
+            codec, coded, adapter = str(raw.get("codec", "")), b"", tensors
+            if codec:
+                shapes = {str(key): tuple(map(int, shape)) for key, shape in raw["shapes"].items()}
+                coded = tensors[CODED].numpy().tobytes()
+                adapter = Codec.parse(codec).decode(coded, shapes)
+        except (KeyError, TypeError, OverflowError, AttributeError) as error:
             raise ValueError(f"a ledger entry lacks or mistypes {error}") from error
         if not all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in (digest, previous)):
             raise ValueError(
@@ -79,7 +121,7 @@ class Entry:
             )
         if type(draw) is not int or not 0 <= draw < 2**31:
             raise ValueError(f"expected the number of a draw, got {str(draw)[:40]!r}")
-        entry = cls(digest, previous, scale, adapter, draw)
+        entry = cls(digest, previous, scale, adapter, draw, codec, coded)
         entry.verify()
         return entry
 
@@ -113,7 +155,11 @@ class Ledger:
 
     def append(self, adapter: Adapter, scale: float, draw: int = 0) -> "Ledger":
         """Return the ledger with one entry more."""
-        return Ledger(self.root, (*self.entries, Entry.after(self.lineage, adapter, scale, draw)))
+        return self.extended(Entry.after(self.lineage, adapter, scale, draw))
+
+    def extended(self, entry: Entry) -> "Ledger":
+        """Return the ledger with an entry that follows its lineage."""
+        return Ledger(self.root, (*self.entries, entry))
 
     def missing(self, held: str) -> tuple[Entry, ...] | None:
         """The entries that somebody at lineage ``held`` lacks, oldest first; None if ``held`` is not of this ledger."""

@@ -125,6 +125,14 @@ class AdapterPlan:
             return {layer.b_key: torch.zeros(layer.b_shape(rank)) for layer in self.layers}
         return initial_factors(self.adapted, seed, draw, rank=rank)
 
+    def with_fresh(
+        self, received: Mapping[str, Tensor], seed: int, draw: int, rank: int | None = None
+    ) -> dict[str, Tensor]:
+        """What a client received and, where there was no factor in it, factors as they are drawn; see `fresh`."""
+        if not self.factor_keys or any(key in received for key in self.factor_keys):
+            return dict(received)
+        return {**received, **self.fresh(seed, draw, rank)}
+
     def whole(self, adapter: Mapping[str, Tensor], seed: int, draw: int) -> dict[str, Tensor]:
         """An adapter with what is drawn and not sent: a one-sided method's ``A``, of the rank that ``B`` has."""
         if not self.one_sided or not adapter:

@@ -264,7 +264,7 @@ class Books:
     def keep_entries(self, ledger: Ledger) -> None:
         """Write the ledger's entries before any message carries a new one."""
         if self._run is not None:
-            self._run.write_parts({entry.digest: entry.adapter for entry in ledger.entries})
+            self._run.write_parts({entry.digest: entry.tensors() for entry in ledger.entries})
 
     def checkpoint(self, now: Snapshot, settings: Mapping[str, Any]) -> None:
         """Write what the run needs to go on.

@@ -25,7 +25,16 @@ from torch import Tensor, nn
 
 from fedloru_flwr import wire
 from fedloru_flwr.clients.method import client_method
-from fedloru_flwr.lowrank import AccumulationSchedule, aggregation_errors, digest_tensors, weighted_mean
+from fedloru_flwr.coding import Parcel
+from fedloru_flwr.lowrank import (
+    AccumulationSchedule,
+    Codec,
+    CodecSchedule,
+    aggregation_errors,
+    derive_seed,
+    digest_tensors,
+    weighted_mean,
+)
 from fedloru_flwr.lowrank.factors import rank_bound
 from fedloru_flwr.models.plan import build_seeded, plan_model
 from fedloru_flwr.runs import Tracker
@@ -79,6 +88,9 @@ class CommonOptions(TypedDict, total=False):
     evaluate_all_at_end: bool
     measure_aggregation: bool
     max_total_bytes: int
+    uplink_codec: str
+    downlink_codec: str
+    error_feedback: bool | None
     fraction_train: float
     fraction_evaluate: float
     min_train_nodes: int
@@ -142,6 +154,11 @@ class FederatedStrategy(Strategy):
         measure_aggregation: note the aggregation error of every layer and round.
         max_total_bytes: the round in which all bytes of the run, up and down, reach this number is its last one, and
             the run's status is ``stopped``; 0: no limit.
+        uplink_codec: of what clients send, see `CodecSchedule`: ``"int8"``, ``"topk:0.05+int4"``, or one that changes
+            over the rounds, ``"int4, 100: int8"``.
+        downlink_codec: of what the server sends and of what it accumulates, which is coded once and for everybody.
+        error_feedback: clients keep what the uplink's codec leaves out and add it next time; None: where a codec leaves
+            something out and the method can.
         fraction_train: share of the connected clients that train in a round, rounded down.
         fraction_evaluate: share of them that evaluate.
         min_train_nodes: but at least so many.
@@ -188,6 +205,9 @@ class FederatedStrategy(Strategy):
         evaluate_all_at_end: bool = False,
         measure_aggregation: bool = True,
         max_total_bytes: int = 0,
+        uplink_codec: str = "float32",
+        downlink_codec: str = "float32",
+        error_feedback: bool | None = None,
         fraction_train: float = 1.0,
         fraction_evaluate: float = 1.0,
         min_train_nodes: int = 2,
@@ -248,6 +268,10 @@ class FederatedStrategy(Strategy):
         self.ranks = ranks or RankMap(None, settings.rank)
         self.proximal_mu = proximal_mu
         self.scaffold = scaffold
+        self.uplink = CodecSchedule.parse(uplink_codec)
+        self.downlink = CodecSchedule.parse(downlink_codec)
+        can_feed_back = not self.uplink.is_exact and "feedback" not in self.refused
+        self.feedback = can_feed_back if error_feedback is None else error_feedback
         self._refuse_combinations()
         self.num_clients = num_clients
         self.checkpoint_every = checkpoint_every
@@ -282,7 +306,7 @@ class FederatedStrategy(Strategy):
     @property
     def _keeps_client_state(self) -> bool:
         """Whether clients keep something of their own from round to round."""
-        return self.scaffold or client_method(self.settings.method).keeps_state
+        return self.scaffold or self.feedback or client_method(self.settings.method).keeps_state
 
     def _initial_state(self) -> ServerState:
         """The state before round 1."""
@@ -333,6 +357,25 @@ class FederatedStrategy(Strategy):
                 f"{type(self.inner.strategy).__name__} cannot be combined with scaffold=True: control variates are "
                 "clients' mean gradients, which travel and are averaged without clipping and noise"
             )
+        if any(codec.keep < 1 for codec in self.downlink.codecs):
+            raise ValueError(
+                f"downlink_codec = {str(self.downlink)!r}: topk cannot be used downwards: a client that was not asked "
+                "in the round before has no values to complete what it receives from"
+            )
+        if self.feedback and self.uplink.is_exact:
+            raise ValueError(
+                f"error_feedback=True means nothing with uplink_codec = {str(self.uplink)!r}, which leaves nothing out"
+            )
+        if self.inner.clips_on_clients() and not (self.uplink.is_plain and self.downlink.is_plain):
+            raise ValueError(
+                f"{type(self.inner.strategy).__name__} cannot be combined with codecs: its mod on the clients clips "
+                "plain tensors, and finds coded ones; let the server clip (DifferentialPrivacyServerSide...)"
+            )
+        if self.inner.is_private() and self.feedback:
+            raise ValueError(
+                f"{type(self.inner.strategy).__name__} cannot be combined with error feedback: what is clipped off "
+                "would come again the next time; set error_feedback=False"
+            )
         if self.inner.is_private() and self.plan.statistics:
             names = ", ".join(sorted({name.rpartition(".")[0] for name in self.plan.statistics})[:3])
             raise ValueError(
@@ -346,6 +389,7 @@ class FederatedStrategy(Strategy):
             "ranks": None if self.ranks.uniform else "clients of different ranks",
             "stack": "accumulate_into='stack'" if self.settings.accumulate_into == "stack" else None,
             "keep": "reinit='keep'" if self.reinit == "keep" else None,
+            "feedback": "error_feedback=True" if self.feedback else None,
         }
         for what, reason in self.refused.items():
             if asked.get(what):
@@ -590,6 +634,7 @@ class FederatedStrategy(Strategy):
             accumulate_now=self.schedule.due(server_round),
             reinit=self.reinit,
             seed=self.seed,
+            codec=None if (coded := self.downlink.at(server_round)).is_exact else coded,
         )
         if self.state.draw > before.draw:
             self.inner.restart(list(self.state.trainables), set(self.plan.factor_keys))
@@ -684,8 +729,8 @@ class FederatedStrategy(Strategy):
         ]
         return spread(told)
 
-    def _assign(self, client: str, half: wire.Half) -> wire.Work:
-        """What a client is to do."""
+    def _assign(self, client: str, half: wire.Half, codec: Codec) -> wire.Work:
+        """What a client is to do, and the codec of its reply."""
         work = wire.Work(draw=self.state.draw, half=half, proximal_mu=self.proximal_mu, scaffold=self.scaffold)
         if not self.ranks.uniform or 0 < self._roster.budget(client) < self.settings.rank:
             work = replace(work, rank=self.ranks.of(client, self._roster.budget(client)))
@@ -694,7 +739,22 @@ class FederatedStrategy(Strategy):
             # Whoever has not said yet that it is this client forgets nothing.
             safe = self.books.keep_from(client, counted) if self._roster.is_confirmed(client) else 0
             work = replace(work, run=self._memory.token, counted=counted, keep_from=safe)
+        if codec != Codec():
+            work = replace(work, uplink=str(codec), feedback=self.feedback)
         return work
+
+    def _parcel(self, server_round: int, work: wire.Work, payload: Mapping[str, Tensor]) -> Parcel | None:
+        """A client's arrays under the downlink's codec, where there is one."""
+        codec = self.downlink.at(server_round)
+        if codec == Codec() or not payload:
+            return None
+        drawn = self.plan.fresh(self.seed, work.draw, work.rank or None) if self.plan.factor_keys else {}
+        seed = derive_seed(self.seed, "downlink", server_round, work.rank, work.half)
+        return Parcel.packed(payload, drawn, codec, seed)
+
+    def _known(self, work: wire.Work) -> dict[str, Tensor]:
+        """What of a client's reply is known before it trains, exactly."""
+        return self.plan.with_fresh(self._payload(work), self.seed, work.draw, work.rank or None)
 
     def _exchange(
         self,
@@ -731,14 +791,17 @@ class FederatedStrategy(Strategy):
                     exchange.failures[client] = told
                     exchange.keeper.skip(client)
                     del node_of[client]
-        exchange.work = {client: self._assign(client, half) for client in node_of}
-        records: dict[tuple[int, str], ArrayRecord] = {}
+        codec = self.uplink.at(server_round) if phase == "train" else Codec()
+        exchange.work = {client: self._assign(client, half, codec) for client in node_of}
+        records: dict[tuple[int, str], tuple[ArrayRecord, Parcel | None]] = {}
 
-        def assign(client: str) -> tuple[wire.Work, ArrayRecord]:
+        def assign(client: str) -> tuple[wire.Work, ArrayRecord, Parcel | None]:
             work = exchange.work[client]
             if (work.rank, work.half) not in records:
-                records[work.rank, work.half] = wire.to_record(self._payload(work))
-            return work, records[work.rank, work.half]
+                payload = self._payload(work)
+                parcel = self._parcel(server_round, work, payload)
+                records[work.rank, work.half] = wire.to_record(parcel.arrays() if parcel else payload), parcel
+            return work, *records[work.rank, work.half]
 
         trains = phase == "train"
         variates = self._control(half) if trains and self.scaffold else {}
@@ -751,8 +814,10 @@ class FederatedStrategy(Strategy):
             if (work.rank, work.half) not in expected:
                 like = self._reply_like(work) if trains else None
                 key = self.settings.weighted_by
+                coded = Codec.parse(work.uplink) if work.uplink else None
+                known = self._known(work) if coded else {}
                 expected[work.rank, work.half] = Expected(
-                    lineage, like, self.state.statistics, variates, key, said_round
+                    lineage, like, self.state.statistics, variates, key, said_round, coded, known
                 )
             return expected[work.rank, work.half]
 
@@ -762,7 +827,7 @@ class FederatedStrategy(Strategy):
             replies = self._alive(grid, orders.deliver(grid, pending, deadline, repeat=again))
             is_current = self._is_current if not again else lambda client, work: True
             came, pending = gather(exchange, pending, replies, expect, self._roster, is_current, timeout)
-            exchange.work |= {client: self._assign(client, half) for client in pending}
+            exchange.work |= {client: self._assign(client, half, codec) for client in pending}
             answered, again = answered | came, True
         exchange.good = dict(sorted(exchange.good.items()))
         for client in answered:
@@ -945,6 +1010,9 @@ class FederatedStrategy(Strategy):
             "ranks": self.ranks.describe(),
             "proximal_mu": self.proximal_mu,
             "scaffold": self.scaffold,
+            "uplink_codec": str(self.uplink),
+            "downlink_codec": str(self.downlink),
+            "error_feedback": self.feedback,
             "layers": [layer.name for layer in self.plan.layers],
             "dense_leaves": list(self.plan.dense_leaves),
             "seed": self.seed,

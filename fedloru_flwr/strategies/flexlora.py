@@ -25,6 +25,8 @@ class ProductStrategy(LowRankStrategy):
     refused: ClassVar[Mapping[str, str]] = {
         "scaffold": "a client's factors are other variables after every decomposition, so that control variates of "
         "them would mean nothing",
+        "feedback": "a client's factors are other variables after every decomposition, to which what was left out of "
+        "the last ones does not belong",
         "stack": "there are no accumulated entries to stack",
         "keep": "there is nothing to accumulate, hence no restart",
     }

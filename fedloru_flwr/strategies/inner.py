@@ -193,6 +193,10 @@ class InnerStrategy:
         """Whether it scales each update by its norm, which must not be zero then."""
         return any(name.startswith("DifferentialPrivacyServerSide") for name in self._kinds())
 
+    def clips_on_clients(self) -> bool:
+        """Whether it relies on a mod of the clients that clips their updates."""
+        return any(name.startswith("DifferentialPrivacyClientSide") for name in self._kinds())
+
     def _kinds(self) -> set[str]:
         """The names of the layers' classes and of what these derive from."""
         return {kind.__name__ for layer in self.layers() for kind in type(layer).__mro__}

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from fedloru_flwr import wire
+from fedloru_flwr.coding import decode_update
+from fedloru_flwr.lowrank import Codec, CodecError
 
 _PIECE = 2**16
 _LARGEST_WEIGHT = 2**53  # the sum of such weights stays finite and exact enough; no client has more examples
@@ -31,6 +33,8 @@ class Expected:
         extras: the same for what the method exchanges beside them.
         weighted_by: the metric that weighs the reply.
         server_round: the round the client was asked in.
+        codec: of the trainables; None where they travel as they are.
+        known: what of them the server knew before, see `fedloru_flwr.coding`.
     """
 
     lineage: str
@@ -39,6 +43,8 @@ class Expected:
     extras: Mapping[str, Tensor]
     weighted_by: str
     server_round: int
+    codec: Codec | None = None
+    known: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def largest_reply(self) -> int:
@@ -80,6 +86,12 @@ def judge(message: Message, expected: Expected) -> wire.Reply:
     if reply.server_round != expected.server_round:
         raise Rejected(f"it answers round {reply.server_round}, expected round {expected.server_round}")
     if expected.trainables is not None:
+        if expected.codec is not None:
+            try:
+                arrived = decode_update(expected.codec, reply.tensors, expected.trainables, expected.known)
+            except CodecError as error:
+                raise Rejected(f"its trainable tensors do not parse: {error}") from error
+            reply = replace(reply, tensors=arrived)
         _check_tensors("trainable", reply.tensors, expected.trainables)
         # Statistics travel as safetensors, which knows no order.
         _check_tensors("statistics", reply.statistics, dict(sorted(expected.statistics.items())))

@@ -11,6 +11,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedloru_flwr import wire
+from fedloru_flwr.coding import Parcel
 from fedloru_flwr.lowrank import Entry, place_of
 from fedloru_flwr.strategies.receiving import receive
 from fedloru_flwr.strategies.state import ServerState
@@ -61,7 +62,7 @@ class Orders:
         held: the lineage that each client is believed to hold (the root's where it is not there; empty for none);
             brought up to date as clients answer.
         bill: what is sent and received goes on it.
-        assign: gives each client what it is to do and the arrays for it.
+        assign: gives each client what it is to do, the arrays for it and, where they are coded, their parcel.
         extras: what else the method sends to everybody, serialised.
     """
 
@@ -73,7 +74,7 @@ class Orders:
         settings: wire.Settings,
         held: dict[str, str],
         bill: Bill,
-        assign: Callable[[str], tuple[wire.Work, ArrayRecord]],
+        assign: Callable[[str], tuple[wire.Work, ArrayRecord, Parcel | None]],
         extras: bytes = b"",
     ) -> None:
         self._assign = assign
@@ -194,7 +195,7 @@ class Orders:
         if missing == ():
             return None
         base_size = sum(tensor.nbytes for tensor in self._state.base.values())
-        entries_size = sum(t.nbytes for entry in missing or () for t in entry.adapter.values())
+        entries_size = sum(entry.nbytes() for entry in missing or ())
         if missing is None or base_size < entries_size:
             return self._supply_of("base", "supply base", ())
         if entries_size > wire.INLINE_LIMIT:
@@ -220,7 +221,7 @@ class Orders:
     def _order(self, client: str) -> tuple[RecordDict, int, int]:
         """The order for this client, its size, and how much of that the entries are."""
         missing = self._missing(client) or ()
-        work, arrays = self._assign(client)
+        work, arrays, parcel = self._assign(client)
         key = (len(missing), work)
         if key not in self._made:
             entries = self._entries(missing)
@@ -235,6 +236,7 @@ class Orders:
                 entries=entries,
                 statistics=self._state.statistics,
                 extras=self._extras,
+                parcel=parcel,
             )
             if id(arrays) not in self._array_bytes:
                 self._array_bytes[id(arrays)] = wire.content_bytes(arrays)

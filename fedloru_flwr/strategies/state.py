@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedloru_flwr.lowrank import Adapter, Entry, Ledger, digest_tensors, fold
+from fedloru_flwr.lowrank import Adapter, Codec, Entry, Ledger, derive_seed, digest_tensors, fold
 from fedloru_flwr.lowrank.factors import has_product
 from fedloru_flwr.models.layout import shared_keys
 from fedloru_flwr.models.plan import AdapterPlan, canonical_names, plain_state
@@ -81,6 +81,7 @@ def step(
     accumulate_now: bool,
     reinit: Reinit,
     seed: int,
+    codec: Codec | None = None,
 ) -> ServerState:
     r"""Take the round's aggregate as the truth and, if due, accumulate it: ``W <- W + s B A``.
 
@@ -97,6 +98,8 @@ def step(
         accumulate_now: whether the schedule says so.
         reinit: ``"reset"`` or ``"keep"``.
         seed: of the fresh factors.
+        codec: by which what is accumulated is coded, once and for everybody; None: it is not. Then an accumulation
+            changes the function by what the codec leaves out.
     """
     if outcome is None:
         return replace(state, server_round=server_round)
@@ -105,11 +108,11 @@ def step(
         state, server_round=server_round, trainables=trainables, statistics=dict(statistics) or state.statistics
     )
     for adapter, scale in outcome.entries:
-        after = _append(after, adapter, scale, plan, seed)
+        after = _append(after, adapter, scale, plan, seed, codec)
     accumulates = accumulate_now and bool(plan.adapted)
     if accumulates:
         adapter = {key: trainables[key] for key in plan.factor_keys}
-        after = _append(after, adapter, plan.scale, plan, seed)
+        after = _append(after, adapter, plan.scale, plan, seed, codec)
     if outcome.restart or (accumulates and reinit == "reset"):
         draw = state.draw + 1
         fresh = fresh_factors(state.base, plan, seed, draw)
@@ -119,9 +122,16 @@ def step(
     return after
 
 
-def _append(state: ServerState, adapter: Adapter, scale: float, plan: AdapterPlan, seed: int) -> ServerState:
+def _append(
+    state: ServerState, adapter: Adapter, scale: float, plan: AdapterPlan, seed: int, codec: Codec | None
+) -> ServerState:
     """The state with one entry more, folded in."""
-    ledger = state.ledger.append(adapter, scale, state.draw if plan.one_sided else 0)
+    ledger, draw = state.ledger, state.draw if plan.one_sided else 0
+    if codec is None:
+        ledger = ledger.append(adapter, scale, draw)
+    else:
+        own = derive_seed(seed, "entry", ledger.version)
+        ledger = ledger.extended(Entry.coded_after(ledger.lineage, adapter, scale, draw, codec, own))
     return replace(state, ledger=ledger, base=fold_all(state.base, ledger.entries[-1:], plan, seed))
 
 
@@ -143,7 +153,7 @@ def state_to_checkpoint(
     tensors = {f"trainables/{name}": tensor for name, tensor in state.trainables.items()}
     tensors |= {f"statistics/{name}": tensor for name, tensor in state.statistics.items()}
     tensors |= {f"control/{name}": tensor for name, tensor in state.control.items()}
-    entries = {entry.digest: entry.adapter for entry in state.ledger.entries}
+    entries = {entry.digest: entry.tensors() for entry in state.ledger.entries}
     links = [entry.link() for entry in state.ledger.entries]
     order = list(state.trainables)
     return tensors, {"root": state.ledger.root, "entries": links, "draw": state.draw, "order": order}, entries

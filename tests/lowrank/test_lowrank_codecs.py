@@ -145,7 +145,7 @@ def test_a_matrix_has_the_fewer_rows_and_turns_back(shape):
         return
     matrix = _matrix(tensor)
     assert len(matrix) == _rows(shape) <= matrix.shape[1]
-    assert torch.equal(_unmatrix(matrix, tuple(shape)), tensor)
+    assert torch.equal(_unmatrix(matrix.flatten(), tuple(shape)), tensor)
 
 
 @given(st.sampled_from(CODECS), st.data())
