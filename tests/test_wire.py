@@ -198,7 +198,7 @@ def change_header(content, **changes):
 
 
 def test_another_protocol_version_is_refused_by_name_on_both_sides():
-    told = r"protocol-version is 1, this side speaks 3: install the same version of fedloru-flwr"
+    told = r"protocol-version is 1, this side speaks 4: install the same version of fedloru-flwr"
     with pytest.raises(WireError, match=told):
         wire.read_order(sent(change_header(order(), protocol=1)))
     reply = reply_content(wire.read_order(sent(order())), client="1", metrics=MetricRecord({"num-examples": 1}))

@@ -113,7 +113,7 @@ TAMPERS = {
     "no config": (lambda content: content.pop("config"), "expected exactly one ConfigRecord, got 0"),
     "no header": (lambda content: content["config"].pop(wire.HEADER), "has no 'fedloru' header"),
     "spoilt header": (lambda c: c["config"].update({wire.HEADER: "{"}), "header does not parse"),
-    "another version": (header(protocol=1), "protocol-version is 1, this side speaks 3"),
+    "another version": (header(protocol=1), "protocol-version is 1, this side speaks 4"),
     "another lineage": (header(lineage="0" * 64), "it worked on lineage 000000000000, expected"),
     "no lineage": (header(lineage=""), "it worked on lineage unknown, expected"),
     "another round": (header(round=7), r"it answers round 7, expected round \d"),

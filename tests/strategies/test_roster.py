@@ -248,7 +248,7 @@ def test_a_client_of_another_protocol_version_stops_the_run_by_name(monkeypatch)
     def enrol(message, context):
         return Message(older(message, context), reply_to=message)
 
-    with pytest.raises(RosterError, match=r"node 1000 cannot take part: protocol-version is 0, this side speaks 3"):
+    with pytest.raises(RosterError, match=r"node 1000 cannot take part: protocol-version is 0, this side speaks 4"):
         federate(make(enrol=True), WatchedGrid(app, 4), 1)
 
 
