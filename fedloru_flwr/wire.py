@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedloru_flwr.coding import Parcel
+from fedloru_flwr.coding import Follow, Parcel
 from fedloru_flwr.lowrank import Codec, Entry
 from fedloru_flwr.lowrank.forms import FORMS, Form
 from fedloru_flwr.lowrank.ledger import CODED
@@ -50,7 +50,7 @@ RECEIVED = "received-"
 OrderKind = Literal["work", "entries", "base"]
 SupplyKind = Literal["entries", "base"]
 Half = Literal["both", "a", "b"]
-AnswerKind = Literal["need-base", "stored"]
+AnswerKind = Literal["need-base", "need-whole", "stored"]
 
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -162,6 +162,7 @@ class Order:
     work: Work = Work()
     extras: dict[str, Tensor] = field(default_factory=dict)
     parcel: Parcel | None = None
+    follow: Follow | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ class Answer:
     """What a client says instead of training.
 
     Attributes:
-        kind: ``need-base``: it cannot reach the lineage asked for. ``stored``: it has kept a supply.
+        kind: ``need-base``: it cannot reach the lineage asked for. ``need-whole``: it does not hold what the Trainables
+            are told from. ``stored``: it has kept a supply.
         client: its identity.
         held: the lineage it holds; empty for none.
     """
@@ -202,9 +204,9 @@ class Answer:
     def find(cls, text: str) -> "Answer | None":
         """The answer in a text that may hold much else, or None."""
         match = cls._PATTERN.search(text)
-        if match is None or match[1] not in ("need-base", "stored"):
+        kind = next((known for known in get_args(AnswerKind) if match is not None and match[1] == known), None)
+        if match is None or kind is None:
             return None
-        kind: AnswerKind = "need-base" if match[1] == "need-base" else "stored"
         return cls(kind, urllib.parse.unquote(match[2])[:_NAME_LENGTH], match[3])
 
 
@@ -431,7 +433,7 @@ def order_content(
     entries: bytes = b"",
     statistics: Mapping[str, Tensor] | None = None,
     extras: bytes = b"",
-    parcel: Parcel | None = None,
+    coded: Parcel | Follow | None = None,
 ) -> RecordDict:
     """Complete a content made by a Flower strategy (one ArrayRecord, one ConfigRecord) to an order.
 
@@ -445,12 +447,12 @@ def order_content(
         entries: ledger entries that it lacks, see `entries_to_bytes`.
         statistics: running statistics.
         extras: what else the method sends, see `extras_to_bytes`.
-        parcel: what the arrays hold, where they are coded.
+        coded: what the arrays hold, where they are coded.
     """
     (arrays_key, own), (config_key, config) = _only_arrays(template), _only_config(template)
     completed = ConfigRecord(dict(config))
     said = {name: value for name, value in asdict(work).items() if value != getattr(_NO_WORK, name)}
-    more = {**({"work": said} if said else {}), **({} if parcel is None else {CODED: parcel.label()})}
+    more = {**({"work": said} if said else {}), **({} if coded is None else {CODED: coded.label()})}
     completed[HEADER] = _header("work", root, lineage, settings, **more)
     if extras:
         completed[EXTRAS] = extras
@@ -544,10 +546,14 @@ def read_order(message: Message) -> Order:
         name: t.view(torch.bfloat16) if name in brain and t.dtype == torch.int16 else t
         for name, t in to_tensors(arrays).items()
     }
-    parcel = None
+    parcel = follow = None
     if CODED in header:
         try:
-            parcel, tensors = Parcel.labelled(header[CODED], tensors), {}
+            if "end" in header[CODED]:
+                follow = Follow.labelled(header[CODED], tensors)
+                tensors = {} if follow.start else tensors
+            else:
+                parcel, tensors = Parcel.labelled(header[CODED], tensors), {}
         except (TypeError, ValueError) as error:
             raise WireError(str(error)) from error
     entries: tuple[Entry, ...] = ()
@@ -570,6 +576,7 @@ def read_order(message: Message) -> Order:
         work,
         _from_bytes(config[EXTRAS], "extras")[0] if EXTRAS in config else {},
         parcel,
+        follow,
     )
 
 

@@ -15,7 +15,7 @@ import numbers
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from fedloru_flwr.clients.control import correction, new_control
 from fedloru_flwr.clients.identity import client_identity
 from fedloru_flwr.clients.method import ClientMethod, Site, client_method
 from fedloru_flwr.clients.task import LocalResult, LocalTask
-from fedloru_flwr.coding import RESIDUAL, Parcel, encode_update
+from fedloru_flwr.coding import RESIDUAL, Follow, Parcel, encode_update
 from fedloru_flwr.data import Samples
 from fedloru_flwr.lowrank import (
     Codec,
@@ -41,12 +41,13 @@ from fedloru_flwr.lowrank import (
 )
 from fedloru_flwr.lowrank.random import GeneratorStates
 from fedloru_flwr.models.adapters import AdaptedModel
-from fedloru_flwr.models.plan import AdapterPlan, build_seeded, plan_model
+from fedloru_flwr.models.plan import AdapterPlan, as_sent, build_seeded, plain_state, plan_model
 from fedloru_flwr.store import Holdings, Store, default_store
 
 ModelSource = Callable[[], nn.Module] | nn.Module
 _log = logging.getLogger("flwr")
 _MODELS_KEPT = 4
+_CHAINS_KEPT = 3
 
 
 class SessionAnswer(Exception):
@@ -80,6 +81,7 @@ class _HostedModel:
             self.adapted.quantise(kind)
         self.lineage = self.base_lineage = self.own_root
         self.corrections: _Corrections | None = None
+        self.followed: dict[str, dict[str, Tensor]] = {}
         self._digest = ""
         self.mark()
 
@@ -136,6 +138,21 @@ class _HostedModel:
             base: dict[str, Tensor] = self.adapted.plan.base_of({n: p.detach() for n, p in parameters.items()})
             return base
         return store.base(lineage)
+
+    def initial_trainables(self, digest: str) -> dict[str, Tensor] | None:
+        """The Trainables before round 1 as this client builds them, if they have this digest."""
+        if self._factory is None:
+            return None
+        plan, seed = self.adapted.plan, self._settings.seed
+        values = plain_state(build_seeded(self._factory, seed))
+        built = {**plan.fresh(seed, 0), **{name: as_sent(values[name]) for name in plan.dense_leaves}}
+        return built if digest_tensors(built) == digest else None
+
+    def remember(self, digest: str, y: dict[str, Tensor]) -> None:
+        """Keep what many clients of this process hold: the last ends of chains."""
+        self.followed[digest] = y
+        while len(self.followed) > _CHAINS_KEPT:
+            del self.followed[next(iter(self.followed))]
 
     def has_base(self, lineage: str, store: Store) -> bool:
         """Whether the base of a lineage is at hand."""
@@ -278,6 +295,8 @@ class Contact:
         kept = store.state(work.run, self.client, work.counted) if self._own_state and work.counted else None
         plan = host.adapted.plan
         received = order.tensors if order.parcel is None else _opened(order.parcel, plan, order)
+        if order.follow is not None:
+            received = self._followed(order.follow)
         self.site = Site(plan, order.settings, work, received, order.server_round, self.client, kept or {})
         self.server_round = order.server_round
         self.seed = derive_seed(
@@ -285,7 +304,38 @@ class Contact:
         )
         self.trains = message.metadata.message_type.split(".")[0] == "train"
 
-    def _answer(self, kind: wire.AnswerKind, held: str) -> None:
+    def _followed(self, follow: Follow) -> dict[str, Tensor]:
+        """What this client holds of the Trainables at the end of its order's chain; else it asks for the whole."""
+        host, store = self.host, self._store
+        held = store.holdings(follow.root, self.client).lineage or follow.root
+        y = host.followed.get(follow.end) or store.base(follow.end)
+        if not follow.start:
+            y = y or self.order.tensors
+        elif held not in (follow.start, follow.end):  # of others of this machine, perhaps
+            self._answer("need-whole", "")
+        elif y is None:
+            before = host.followed.get(follow.start) or store.base(follow.start)
+            if before is None and follow.start == follow.root:
+                before = host.initial_trainables(follow.root)
+            if before is None:
+                self._answer("need-whole", "")
+            y = self._taken(follow, before)
+        host.remember(follow.end, y)
+        store.put_base(follow.end, y)
+        if held != follow.end:
+            store.set_holdings(follow.root, self.client, Holdings(follow.end, follow.end))
+        return {key: y[key] for key in host.adapted.plan.trainable_keys if key in y}
+
+    def _taken(self, follow: Follow, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The end of a chain from its start."""
+        plan, seed = self.host.adapted.plan, self.order.settings.seed
+        try:
+            ordered = {key: before[key] for key in plan.trainable_keys if key in before}  # safetensors knows no order
+            return follow.taken(ordered, lambda draw: plan.fresh(seed, draw))
+        except CodecError as error:
+            raise wire.WireError(f"the Trainables do not parse: {error}") from error
+
+    def _answer(self, kind: wire.AnswerKind, held: str) -> NoReturn:
         raise SessionAnswer(self.order, self.message, wire.Answer(kind, self.client, held))
 
     def _accept_supply(self) -> None:

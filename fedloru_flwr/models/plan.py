@@ -546,3 +546,8 @@ def build_seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise PlanError(f"the model factory must return a torch.nn.Module, it returned {type(model).__name__}")
     return model
+
+
+def as_sent(tensor: Tensor) -> Tensor:
+    """A tensor in the number format it travels in: float32, or float64 where it is that."""
+    return tensor if tensor.dtype.itemsize == 8 else tensor.float()

@@ -49,6 +49,7 @@ class Memory:
         norms: the medians of the last rounds' updates' norms.
         nodes: the node on which each was last, by its name, as far as it has said so itself.
         budgets: the largest rank each can train, where it has said so.
+        followed: the chain that each holds of the Trainables, see `fedloru_flwr.coding.Chain`.
     """
 
     token: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -60,6 +61,7 @@ class Memory:
     norms: list[float] = field(default_factory=list)
     nodes: dict[str, int] = field(default_factory=dict)
     budgets: dict[str, int] = field(default_factory=dict)
+    followed: dict[str, str] = field(default_factory=dict)
 
     def copy(self) -> Self:
         """A copy that later rounds do not change."""
@@ -72,6 +74,7 @@ class Memory:
             norms=list(self.norms),
             nodes=dict(self.nodes),
             budgets=dict(self.budgets),
+            followed=dict(self.followed),
         )
 
     def as_saved(self) -> dict[str, Any]:

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from fedloru_flwr import wire
 from fedloru_flwr.clients.method import client_method
-from fedloru_flwr.coding import Parcel
+from fedloru_flwr.coding import Chain, Follow, Parcel
 from fedloru_flwr.lowrank import (
     AccumulationSchedule,
+    Adapter,
     Codec,
     CodecSchedule,
     aggregation_errors,
@@ -156,7 +157,8 @@ class FederatedStrategy(Strategy):
             the run's status is ``stopped``; 0: no limit.
         uplink_codec: of what clients send, see `CodecSchedule`: ``"int8"``, ``"topk:0.05+int4"``, or one that changes
             over the rounds, ``"int4, 100: int8"``.
-        downlink_codec: of what the server sends and of what it accumulates, which is coded once and for everybody.
+        downlink_codec: of what the server sends and, but for ``topk``, of what it accumulates, which is coded once and
+            for everybody. With ``topk`` the changes since a client's last message are sent, see `fedloru_flwr.coding`.
         error_feedback: clients keep what the uplink's codec leaves out and add it next time; None: where a codec leaves
             something out and the method can.
         fraction_train: share of the connected clients that train in a round, rounded down.
@@ -357,11 +359,6 @@ class FederatedStrategy(Strategy):
                 f"{type(self.inner.strategy).__name__} cannot be combined with scaffold=True: control variates are "
                 "clients' mean gradients, which travel and are averaged without clipping and noise"
             )
-        if any(codec.keep < 1 for codec in self.downlink.codecs):
-            raise ValueError(
-                f"downlink_codec = {str(self.downlink)!r}: topk cannot be used downwards: a client that was not asked "
-                "in the round before has no values to complete what it receives from"
-            )
         if self.feedback and self.uplink.is_exact:
             raise ValueError(
                 f"error_feedback=True means nothing with uplink_codec = {str(self.uplink)!r}, which leaves nothing out"
@@ -390,10 +387,15 @@ class FederatedStrategy(Strategy):
             "stack": "accumulate_into='stack'" if self.settings.accumulate_into == "stack" else None,
             "keep": "reinit='keep'" if self.reinit == "keep" else None,
             "feedback": "error_feedback=True" if self.feedback else None,
+            "sparse": f"downlink_codec={str(self.downlink)!r}" if self._is_sparse() else None,
         }
         for what, reason in self.refused.items():
             if asked.get(what):
                 raise ValueError(f"{type(self).__name__} cannot be combined with {asked[what]}: {reason}")
+
+    def _is_sparse(self) -> bool:
+        """Whether the downlink is, in some round."""
+        return any(codec.keep < 1 for codec in self.downlink.codecs)
 
     # --- what users call -------------------------------------------------------------------------------------------
 
@@ -634,7 +636,7 @@ class FederatedStrategy(Strategy):
             accumulate_now=self.schedule.due(server_round),
             reinit=self.reinit,
             seed=self.seed,
-            codec=None if (coded := self.downlink.at(server_round)).is_exact else coded,
+            codec=self._entry_codec(server_round),
         )
         if self.state.draw > before.draw:
             self.inner.restart(list(self.state.trainables), set(self.plan.factor_keys))
@@ -647,6 +649,11 @@ class FederatedStrategy(Strategy):
             self._silent |= silent
             log(WARNING, "these factorised layers got no gradient on some clients: %s", ", ".join(sorted(silent)))
         return exchange, metrics
+
+    def _entry_codec(self, server_round: int) -> Codec | None:
+        """Of what is accumulated: the downlink's, but all of it."""
+        codec = replace(self.downlink.at(server_round), keep=1.0)
+        return None if codec.is_exact else codec
 
     def _aggregate(self, server_round: int, exchange: Exchange) -> _Aggregate:
         """What comes of a round's good replies."""
@@ -743,6 +750,36 @@ class FederatedStrategy(Strategy):
             work = replace(work, uplink=str(codec), feedback=self.feedback)
         return work
 
+    def _advance(self, phase: str, server_round: int) -> None:
+        """Where the downlink is sparse: go one step on with what all clients that follow hold."""
+        codec = self.downlink.at(server_round)
+        if codec.keep == 1:
+            return
+        chain = self.state.chain or Chain.begun(self._initial_state().trainables)
+        seed = derive_seed(self.seed, "downlink", phase, server_round)
+        chain = chain.advanced(self.state.trainables, self.state.draw, self._fresh, codec, seed)
+        self.state = replace(self.state, chain=chain)
+
+    def _fresh(self, draw: int) -> Adapter:
+        return self.plan.fresh(self.seed, draw)
+
+    def _arrays(
+        self, server_round: int, client: str, work: wire.Work
+    ) -> tuple[object, Callable[[], tuple[ArrayRecord, Parcel | Follow | None]]]:
+        """What tells a client's arrays from another's, and a function that makes them."""
+        if self.downlink.at(server_round).keep < 1:
+            chain = self.state.chain
+            assert chain is not None
+            follow = Follow.to_end_of(chain, self._memory.followed.get(client, chain.root))
+            return follow.start, lambda: (wire.to_record(follow.arrays(chain)), follow)
+
+        def make() -> tuple[ArrayRecord, Parcel | Follow | None]:
+            payload = self._payload(work)
+            parcel = self._parcel(server_round, work, payload)
+            return wire.to_record(parcel.arrays() if parcel else payload), parcel
+
+        return (work.rank, work.half), make
+
     def _parcel(self, server_round: int, work: wire.Work, payload: Mapping[str, Tensor]) -> Parcel | None:
         """A client's arrays under the downlink's codec, where there is one."""
         codec = self.downlink.at(server_round)
@@ -793,20 +830,23 @@ class FederatedStrategy(Strategy):
                     del node_of[client]
         codec = self.uplink.at(server_round) if phase == "train" else Codec()
         exchange.work = {client: self._assign(client, half, codec) for client in node_of}
-        records: dict[tuple[int, str], tuple[ArrayRecord, Parcel | None]] = {}
+        self._advance(phase, server_round)
+        records: dict[object, tuple[ArrayRecord, Parcel | Follow | None]] = {}
 
-        def assign(client: str) -> tuple[wire.Work, ArrayRecord, Parcel | None]:
+        def assign(client: str) -> tuple[wire.Work, ArrayRecord, Parcel | Follow | None]:
             work = exchange.work[client]
-            if (work.rank, work.half) not in records:
-                payload = self._payload(work)
-                parcel = self._parcel(server_round, work, payload)
-                records[work.rank, work.half] = wire.to_record(parcel.arrays() if parcel else payload), parcel
-            return work, *records[work.rank, work.half]
+            key, make = self._arrays(server_round, client, work)
+            if key not in records:
+                records[key] = make()
+            return work, *records[key]
+
+        def lost(client: str) -> None:
+            self._memory.followed[client] = ""
 
         trains = phase == "train"
         variates = self._control(half) if trains and self.scaffold else {}
         extras = wire.extras_to_bytes(variates)
-        orders = Orders(template, phase, self.state, self.settings, self._memory.held, self._bill, assign, extras)
+        orders = Orders(template, phase, self.state, self.settings, self._memory.held, self._bill, assign, lost, extras)
         expected: dict[tuple[int, str], Expected] = {}
         lineage, said_round = self.state.ledger.lineage, wire.template_round(template)
 
@@ -833,6 +873,10 @@ class FederatedStrategy(Strategy):
         for client in answered:
             self._memory.held.pop(client, None)  # the name it went by until now
         self._memory.held |= dict.fromkeys(answered.values(), lineage)
+        if self.state.chain is not None and self.downlink.at(server_round).keep < 1:
+            for client in answered:
+                self._memory.followed.pop(client, None)
+            self._memory.followed |= dict.fromkeys(answered.values(), self.state.chain.digest)
         exchange.refuse(reject_odd_metrics({client: kept.reply.metrics for client, kept in exchange.good.items()}))
         if trains:
             self._compare_updates(exchange)

@@ -8,10 +8,10 @@ layer and the dense leaves, down and up.
 
 from torch import Tensor
 
-from fedloru_flwr.models.plan import plain_state
+from fedloru_flwr.models.plan import as_sent, plain_state
 from fedloru_flwr.strategies.flexlora import ProductStrategy
 from fedloru_flwr.strategies.lowrank import Accumulation
-from fedloru_flwr.strategies.state import ServerState, as_sent
+from fedloru_flwr.strategies.state import ServerState
 
 
 class FedHM(ProductStrategy):

@@ -26,6 +26,7 @@ class FedLoRUSeeded(LowRankStrategy):
     fixed_form = "a Hadamard product has no side that could be drawn"
     refused: ClassVar[Mapping[str, str]] = {
         "ranks": "averaging needs factors of one shape",
+        "sparse": "fresh factors are zero and not sent at all, and of what is accumulated everything is",
         "keep": "a product that stays and is accumulated again and again would count many times; use reinit='reset'",
     }
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import Adapter, best_pair, product
+from fedloru_flwr.models.plan import as_sent
 from fedloru_flwr.strategies.federated import Received
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
-from fedloru_flwr.strategies.state import Outcome, ServerState, as_sent, fresh_factors
+from fedloru_flwr.strategies.state import Outcome, ServerState, fresh_factors
 
 
 class ProductStrategy(LowRankStrategy):
@@ -27,6 +28,7 @@ class ProductStrategy(LowRankStrategy):
         "them would mean nothing",
         "feedback": "a client's factors are other variables after every decomposition, to which what was left out of "
         "the last ones does not belong",
+        "sparse": "every client receives pairs of its own rank, newly decomposed, of which no change can be told",
         "stack": "there are no accumulated entries to stack",
         "keep": "there is nothing to accumulate, hence no restart",
     }

@@ -22,7 +22,8 @@ class HetLoRA(LowRankStrategy):
     algorithm = "hetlora"
     fixed_form = "padding is of pairs"
     refused: ClassVar[Mapping[str, str]] = {
-        "scaffold": "clients of different ranks train other variables, whose control variates do not mix"
+        "scaffold": "clients of different ranks train other variables, whose control variates do not mix",
+        "sparse": "clients of different ranks receive other tensors, of which no common change can be told",
     }
 
     def _cut(self, work: wire.Work, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

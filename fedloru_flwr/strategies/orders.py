@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedloru_flwr import wire
-from fedloru_flwr.coding import Parcel
+from fedloru_flwr.coding import Follow, Parcel
 from fedloru_flwr.lowrank import Entry, place_of
 from fedloru_flwr.strategies.receiving import receive
 from fedloru_flwr.strategies.state import ServerState
@@ -62,7 +62,8 @@ class Orders:
         held: the lineage that each client is believed to hold (the root's where it is not there; empty for none);
             brought up to date as clients answer.
         bill: what is sent and received goes on it.
-        assign: gives each client what it is to do, the arrays for it and, where they are coded, their parcel.
+        assign: gives each client what it is to do, the arrays for it and, where they are coded, what they hold.
+        lost: told of a client that does not hold what it was believed to hold of the Trainables.
         extras: what else the method sends to everybody, serialised.
     """
 
@@ -74,10 +75,12 @@ class Orders:
         settings: wire.Settings,
         held: dict[str, str],
         bill: Bill,
-        assign: Callable[[str], tuple[wire.Work, ArrayRecord, Parcel | None]],
+        assign: Callable[[str], tuple[wire.Work, ArrayRecord, Parcel | Follow | None]],
+        lost: Callable[[str], None],
         extras: bytes = b"",
     ) -> None:
         self._assign = assign
+        self._lost = lost
         self._extras = extras
         self._array_bytes: dict[int, int] = {}
         self._entry_bytes: dict[int, bytes] = {}
@@ -108,7 +111,10 @@ class Orders:
             if (answer := wire.find_answer(reply)) is None:
                 yield client, reply
             else:
-                self._held[client] = answer.held
+                if answer.kind == "need-whole":
+                    self._lost(client)
+                else:
+                    self._held[client] = answer.held
                 wanting[client] = reply
         if wanting:
             again = {client: node for client, node in node_of.items() if client in wanting}
@@ -221,8 +227,8 @@ class Orders:
     def _order(self, client: str) -> tuple[RecordDict, int, int]:
         """The order for this client, its size, and how much of that the entries are."""
         missing = self._missing(client) or ()
-        work, arrays, parcel = self._assign(client)
-        key = (len(missing), work)
+        work, arrays, coded = self._assign(client)
+        key = (len(missing), work, id(arrays))
         if key not in self._made:
             entries = self._entries(missing)
             ledger = self._state.ledger
@@ -236,7 +242,7 @@ class Orders:
                 entries=entries,
                 statistics=self._state.statistics,
                 extras=self._extras,
-                parcel=parcel,
+                coded=coded,
             )
             if id(arrays) not in self._array_bytes:
                 self._array_bytes[id(arrays)] = wire.content_bytes(arrays)

@@ -1,16 +1,17 @@
 """The server's state as one value, and the pure step from round to round."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fedloru_flwr.coding import Chain, Step, as_tensor
 from fedloru_flwr.lowrank import Adapter, Codec, Entry, Ledger, derive_seed, digest_tensors, fold
 from fedloru_flwr.lowrank.factors import has_product
 from fedloru_flwr.models.layout import shared_keys
-from fedloru_flwr.models.plan import AdapterPlan, canonical_names, plain_state
+from fedloru_flwr.models.plan import AdapterPlan, as_sent, canonical_names, plain_state
 from fedloru_flwr.runs import Checkpoint
 
 Reinit = Literal["reset", "keep"]
@@ -38,6 +39,7 @@ class ServerState:
     ledger: Ledger
     draw: int = 0
     control: Mapping[str, Tensor] = field(default_factory=dict)
+    chain: Chain | None = None
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,13 @@ def state_to_checkpoint(
     tensors |= {f"control/{name}": tensor for name, tensor in state.control.items()}
     entries = {entry.digest: entry.tensors() for entry in state.ledger.entries}
     links = [entry.link() for entry in state.ledger.entries]
-    order = list(state.trainables)
-    return tensors, {"root": state.ledger.root, "entries": links, "draw": state.draw, "order": order}, entries
+    saved = {"root": state.ledger.root, "entries": links, "draw": state.draw, "order": list(state.trainables)}
+    if state.chain is not None:
+        tensors |= {f"chain/{name}": tensor for name, tensor in state.chain.y.items()}
+        tensors |= {f"steps/{i}": as_tensor(step.data) for i, (_, step) in enumerate(state.chain.steps)}
+        told = [[before, step.draw, step.codec] for before, step in state.chain.steps]
+        saved["chain"] = [state.chain.root, state.chain.digest, state.chain.draw, told]
+    return tensors, saved, entries
 
 
 def state_from_checkpoint(
@@ -184,7 +191,17 @@ def state_from_checkpoint(
         Ledger(saved["root"], entries),
         saved["draw"],
         part("control/"),
+        _chain(saved["chain"], saved["order"], part) if saved.get("chain") else None,
     )
+
+
+def _chain(saved: Sequence[Any], order: Sequence[str], part: Callable[[str], Mapping[str, Tensor]]) -> Chain:
+    root, digest, draw, told = saved
+    y, data = part("chain/"), part("steps/")
+    steps = tuple(
+        (before, Step(number, codec, data[str(i)].numpy().tobytes())) for i, (before, number, codec) in enumerate(told)
+    )
+    return Chain(root, digest, {name: y[name] for name in order}, draw, steps)
 
 
 def merged_state_dict(state: ServerState, model: nn.Module, plan: AdapterPlan, seed: int) -> dict[str, Tensor]:
@@ -223,8 +240,3 @@ def fresh_factors(
             its = [key for key in shared_keys(layer, plan.family) if key in factors]
             factors |= {key: factors[key].double() for key in its}
     return factors
-
-
-def as_sent(tensor: Tensor) -> Tensor:
-    """A tensor in the number format it travels in: float32, or float64 where it is that."""
-    return tensor if tensor.dtype.itemsize == 8 else tensor.float()

@@ -136,6 +136,8 @@ def test_a_run_killed_after_any_round_continues_as_if_nothing_had_happened(tmp_p
         {"enrol": False},
         {"uplink_codec": "topk:0.3+int4", "downlink_codec": "int8, 4: int4+zstd"},
         {"cls": FedAvg, "uplink_codec": "int8"},
+        {"cls": FedAvg, "uplink_codec": "topk:0.1+int4", "downlink_codec": "topk:0.1+int4"},
+        {"downlink_codec": "topk:0.1+int4"},
     ],
     ids=str,
 )
