@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fedloru_flwr.lowrank import Codec, CodecError, digest_tensors
-from fedloru_flwr.lowrank.ledger import CODED
+from fedloru_flwr.lowrank.ledger import CODED, as_tensor
 
 RESIDUAL = "residual/"
 Fresh = Callable[[int], Mapping[str, Tensor]]
@@ -71,7 +71,11 @@ class Parcel:
 
     def label(self) -> dict[str, Any]:
         """All but the bytes, as JSON can hold it."""
-        return {"codec": self.codec, "shapes": {k: list(v) for k, v in self.shapes.items()}, "drawn": self.from_drawn}
+        return {
+            "codec": self.codec,
+            "shapes": {k: list(v) for k, v in self.shapes.items()},
+            "drawn": int(self.from_drawn),
+        }
 
     @classmethod
     def labelled(cls, label: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Self:
@@ -85,7 +89,7 @@ class Parcel:
             if any(length < 0 for of in shapes.values() for length in of):
                 raise ValueError(f"shapes: {str(shapes)[:200]}")
             codec = str(Codec.parse(str(label["codec"])))
-            return cls(codec, shapes, label["drawn"] is True, bytes_of(arrays))
+            return cls(codec, shapes, label["drawn"] == 1, bytes_of(arrays))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a coded message lacks or mistypes {error}") from error
 
@@ -263,11 +267,6 @@ def _fits(drawn: Tensor, other: Tensor | None) -> bool:
 
 def _size(tensors: Mapping[str, Tensor]) -> float:
     return sum(float(torch.linalg.vector_norm(tensor.float())) for tensor in tensors.values())
-
-
-def as_tensor(data: bytes) -> Tensor:
-    """Bytes as a tensor of them."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def bytes_of(arrays: Mapping[str, Tensor]) -> bytes:

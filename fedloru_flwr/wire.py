@@ -353,8 +353,13 @@ def _digest(value: object) -> str:
 
 def _flatten(entries: Sequence[Entry]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     tensors = {f"{i}/{key}": tensor for i, entry in enumerate(entries) for key, tensor in entry.tensors().items()}
+    return tensors, chain_links(entries)
+
+
+def chain_links(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """What is said of each entry of a stretch beside its tensors."""
     links = [entry.link() for entry in entries]
-    return tensors, [_told(link, before) for link, before in zip(links, [{}, *links], strict=False)]
+    return [_told(link, before) for link, before in zip(links, [{}, *links], strict=False)]
 
 
 def _told(link: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,11 @@ def digest_tensors(tensors: Mapping[str, Tensor], *, salt: bytes = b"") -> str:
     return digest.hexdigest()
 
 
+def as_tensor(data: bytes) -> Tensor:
+    """Bytes as a tensor of them."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One accumulated adapter: the model gained ``scale * B A`` in every layer.
@@ -85,7 +90,7 @@ class Entry:
 
     def tensors(self) -> Adapter:
         """What is kept and sent of it: the factors, or their bytes."""
-        return {CODED: torch.frombuffer(bytearray(self.coded), dtype=torch.uint8)} if self.codec else self.adapter
+        return {CODED: as_tensor(self.coded)} if self.codec else self.adapter
 
     def nbytes(self) -> int:
         """The size of `tensors`."""

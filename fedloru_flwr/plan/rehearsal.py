@@ -15,8 +15,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedloru_flwr import wire
-from fedloru_flwr.lowrank import Entry, choose
+from fedloru_flwr.coding import Follow, Parcel, Step
+from fedloru_flwr.lowrank import Codec, Entry, choose
 from fedloru_flwr.lowrank.factors import FactorisedLayer
+from fedloru_flwr.lowrank.ledger import CODED
 from fedloru_flwr.models.layout import nested_keys
 from fedloru_flwr.plan.sizes import (
     Blob,
@@ -110,9 +112,14 @@ class CatchUp:
 
 @dataclass(frozen=True)
 class _EntrySketch:
-    tensors: Sketches
+    adapter: Sketches
     scale: float
     draw: int
+    codec: Codec | None = None
+
+    @cached_property
+    def tensors(self) -> Sketches:
+        return self.adapter if self.codec is None else _coded(self.codec, self.adapter)
 
     @cached_property
     def nbytes(self) -> int:
@@ -126,9 +133,12 @@ class _EntrySketch:
     def characters(self) -> int:
         return sum(map(name_characters, self.tensors))
 
-    @cached_property
-    def link(self) -> Entry:
-        return Entry(_DIGEST, _DIGEST, self.scale, {}, self.draw)
+    def link(self, index: int) -> Entry:
+        """The entry of this place in a stretch, for what is said of it beside its tensors."""
+        if self.codec is None:
+            return Entry(f"{index + 1:064x}", f"{index:064x}", self.scale, {}, self.draw)
+        shapes = {key: torch.empty(sketch.shape, device="meta") for key, sketch in self.adapter.items()}
+        return Entry(f"{index + 1:064x}", f"{index:064x}", self.scale, shapes, self.draw, str(self.codec))
 
 
 @dataclass
@@ -142,6 +152,9 @@ class _State:
     counted: dict[str, int] = field(default_factory=dict)
     counted_before: list[dict[str, int]] = field(default_factory=list)
     spent: int = 0
+    steps: list[Step] = field(default_factory=list)
+    step_draw: int = 0
+    followed: dict[str, int] = field(default_factory=dict)
 
 
 class Rehearsal:
@@ -250,9 +263,12 @@ class Rehearsal:
             like = self._like(wire.Work(half=half))
             extras = safetensors_bytes({f"{wire.CONTROL}{key}": sketch for key, sketch in like.items()})
         version = len(state.entries)
+        downlink = strategy.downlink.at(server_round)
+        if downlink.keep < 1:
+            self._advance(downlink)
         supplies: dict[int, tuple[wire.SupplyKind, int] | None] = {}
         answers: dict[int, int] = {}
-        orders: dict[tuple[int, wire.Work], tuple[int, int]] = {}
+        orders: dict[tuple[int, wire.Work, int], tuple[int, int]] = {}
         replies: dict[object, int] = {}
         for client in drawn:
             down, up = of_clients.get(client, (0, 0))
@@ -269,10 +285,11 @@ class Rehearsal:
                 bill.add("up", kind, answer)
                 down, up = down + size, up + answer
                 held = version
-            work = self._work(client, half)
-            if (held, work) not in orders:
-                orders[held, work] = self._order(held, work, server_round, extras)
-            size, entries = orders[held, work]
+            work = self._work(client, half, strategy.uplink.at(server_round) if trains else Codec())
+            followed = state.followed.get(client, 0) if downlink.keep < 1 else 0
+            if (held, work, followed) not in orders:
+                orders[held, work, followed] = self._order(held, work, server_round, extras, followed)
+            size, entries = orders[held, work, followed]
             bill.add("down", "entries", entries)
             bill.add("down", "control", extras)
             bill.add("down", purpose, size - entries - extras)
@@ -281,20 +298,46 @@ class Rehearsal:
             bill.add("up", purpose, reply - extras)
             of_clients[client] = (down + size, up + reply)
         state.held |= dict.fromkeys(drawn, version)
+        if downlink.keep < 1:
+            state.followed |= dict.fromkeys(drawn, len(state.steps))
         return drawn
 
-    def _work(self, client: str, half: wire.Half) -> wire.Work:
+    def _advance(self, codec: Codec) -> None:
+        """One step on with what all clients that follow hold."""
+        state = self._state
+        begins = state.draw if state.draw != state.step_draw else -1
+        size = codec.size(sketch.shape for sketch in state.trainables.values())
+        state.steps.append(Step(begins, str(codec), bytes(size)))
+        state.step_draw = state.draw
+
+    def _lacks(self, followed: int) -> tuple[Sketches, Follow]:
+        """What a client is sent that holds what came of so many steps."""
+        now, steps = self._state.trainables, tuple(self._state.steps[followed:])
+        known, size = 0, 0
+        for step in reversed(self._state.steps):
+            size += len(step.data)
+            if known and size >= total_nbytes(now.values()):
+                break
+            known += 1
+        if len(steps) > known:
+            return now, Follow(_DIGEST, "", _DIGEST)
+        data = sum(len(step.data) for step in steps)
+        return {CODED: Sketch((data,), torch.uint8)}, Follow(_DIGEST, _DIGEST, _DIGEST, steps)
+
+    def _work(self, client: str, half: wire.Half, codec: Codec | None = None) -> wire.Work:
         """What a client is to do; see `FederatedStrategy`."""
         strategy, state = self._strategy, self._state
         rank = 0 if strategy.ranks.uniform else strategy.ranks.of(client)
+        coded = codec not in (None, Codec())
+        uplink, feedback = str(codec) if coded else "", coded and strategy.feedback
+        mu, scaffold = strategy.proximal_mu, strategy.scaffold
         if not self._keeps_client_state:
-            return wire.Work(rank, state.draw, half, proximal_mu=strategy.proximal_mu)
+            return wire.Work(rank, state.draw, half, proximal_mu=mu, uplink=uplink, feedback=feedback)
         counted = state.counted.get(client, 0)
         before = state.counted_before
         safe = before[0].get(client, 0) if len(before) > 1 else 0
         keep_from = safe if self._cast.is_saved else counted
-        mu, scaffold = strategy.proximal_mu, strategy.scaffold
-        return wire.Work(rank, state.draw, half, _TOKEN, counted, keep_from, mu, scaffold)
+        return wire.Work(rank, state.draw, half, _TOKEN, counted, keep_from, mu, scaffold, uplink, feedback)
 
     def _is_supplied(self, held: int) -> wire.SupplyKind | None:
         """What goes ahead of the order for a client that has so many entries: a base, entries, or nothing."""
@@ -316,7 +359,7 @@ class Rehearsal:
             lineage=_DIGEST,
             settings=self._strategy.settings,
             template=_template(server_round),
-            entries=[entry.link for entry in missing],
+            entries=[entry.link(index) for index, entry in enumerate(missing)],
             base={name: torch.empty(0, dtype=sketch.dtype) for name, sketch in base.items()},
         )
         if kind == "base":
@@ -340,20 +383,35 @@ class Rehearsal:
         if not missing:
             return 0
         tensors = {f"{index}/{key}": one for index, entry in enumerate(missing) for key, one in entry.tensors.items()}
-        return safetensors_bytes(tensors, json.dumps([entry.link.link() for entry in missing]))
+        return safetensors_bytes(
+            tensors, json.dumps(wire.chain_links([entry.link(index) for index, entry in enumerate(missing)]))
+        )
 
-    def _order(self, held: int, work: wire.Work, server_round: int, extras: int) -> tuple[int, int]:
+    def _order(self, held: int, work: wire.Work, server_round: int, extras: int, followed: int) -> tuple[int, int]:
         """An order's size, and how much of it ledger entries are."""
+        codec = self._strategy.downlink.at(server_round)
+        payload = self._payload(work)
+        coded: Parcel | Follow | None = None
+        if codec.keep < 1:
+            payload, coded = self._lacks(followed)
+        elif codec != Codec() and payload:
+            coded = Parcel(str(codec), {key: sketch.shape for key, sketch in payload.items()}, False, b"")
+            payload = _coded(codec, payload)
         hollow = wire.order_content(
-            _template(server_round), root=_DIGEST, lineage=_DIGEST, settings=self._strategy.settings, work=work
+            _template(server_round),
+            root=_DIGEST,
+            lineage=_DIGEST,
+            settings=self._strategy.settings,
+            work=work,
+            coded=coded,
         )
         entries = self._entries(held)
         statistics = safetensors_bytes(self._statistics) if self._statistics else 0
         blobs = {wire.EXTRAS: extras, wire.ENTRIES: entries, wire.STATISTICS: statistics}
         config = {**_config_of(hollow), **{name: Blob(size) for name, size in blobs.items() if size}}
-        key = "down", work.rank
+        key = "down", work.rank, codec if codec.keep == 1 else tuple(payload.values())
         if key not in self._sizes:
-            self._sizes[key] = arrays_bytes(self._payload(work))
+            self._sizes[key] = arrays_bytes(payload)
         arrays = self._sizes[key]
         return content_bytes({wire.ARRAYS: arrays, wire.CONFIG: config_bytes(config)}), entries
 
@@ -375,9 +433,11 @@ class Rehearsal:
         config: dict[str, object] = dict(_config_of(hollow))
         records = {wire.METRICS: metrics_bytes(metrics)}
         if trains:
-            of_arrays = "up", work.rank, work.half, single
+            of_arrays = "up", work.rank, work.half, single, work.uplink
             if of_arrays not in self._sizes:
-                self._sizes[of_arrays] = arrays_bytes(self._sent(work, single))
+                sent = self._sent(work, single)
+                sent = _coded(Codec.parse(work.uplink), sent) if work.uplink else sent
+                self._sizes[of_arrays] = arrays_bytes(sent)
             records[wire.ARRAYS] = self._sizes[of_arrays]
             if self._statistics:
                 config[wire.STATISTICS] = Blob(safetensors_bytes(self._statistics))
@@ -454,17 +514,17 @@ class Rehearsal:
                 for key, sketch in state.trainables.items()
             }
         )
-        draw = state.draw if plan.one_sided else 0
+        draw, codec = state.draw if plan.one_sided else 0, strategy._entry_codec(server_round)
         rank = strategy.settings.rank
         ranks = [self._work(client, half).rank or rank for client in drawn]
         if isinstance(strategy, FLoRA):
-            state.entries.append(_EntrySketch(self._stacked(ranks), self._scale, draw))
+            state.entries.append(_EntrySketch(self._stacked(ranks), self._scale, draw, codec))
             state.draw += 1
         if isinstance(strategy, FedExLoRA):
-            state.entries.append(_EntrySketch(self._stacked([*ranks, rank]), self._scale, draw))
+            state.entries.append(_EntrySketch(self._stacked([*ranks, rank]), self._scale, draw, codec))
         if strategy.schedule.due(server_round) and plan.adapted:
             adapter = {key: state.trainables[key] for key in plan.factor_keys}
-            state.entries.append(_EntrySketch(adapter, self._scale, draw))
+            state.entries.append(_EntrySketch(adapter, self._scale, draw, codec))
             if strategy.reinit == "reset":
                 state.draw += 1
                 self._become({**state.trainables, **self._fresh})
@@ -525,6 +585,11 @@ class Rehearsal:
             return found
         finally:
             state.entries = after
+
+
+def _coded(codec: Codec, tensors: Sketches) -> Sketches:
+    """What travels of tensors under a codec; of zstd, whose gain nobody knows before, as if there were none."""
+    return {CODED: Sketch((codec.size(sketch.shape for sketch in tensors.values()),), torch.uint8)}
 
 
 def _stacked_shapes(layer: FactorisedLayer, rank: int) -> Mapping[str, tuple[int, ...]]:

@@ -20,7 +20,13 @@ from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SType
 from torch import Tensor
 
 _ID = 64  # hexadecimal digits of an object's SHA-256
-_SAFETENSORS_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+}
 _SAFETENSORS_ORDER = tuple(_SAFETENSORS_NAMES)
 
 

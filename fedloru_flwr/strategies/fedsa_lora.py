@@ -22,6 +22,7 @@ class FedSALoRA(LowRankStrategy):
     fixed_form = "a Hadamard product has no side that could be shared"
     refused: ClassVar[Mapping[str, str]] = {
         "ranks": "averaging needs factors of one shape",
+        "sparse": "a part of what clients train is their own, and the changes told are of all that everybody holds",
         "scaffold": "a client's own B has no counterpart on the server that could correct it",
     }
     has_global_model = False

@@ -35,6 +35,7 @@ class FLoRA(LowRankStrategy):
         "inner": "FLoRA stacks factors and averages nothing but dense leaves",
         "scaffold": "the factors are drawn anew every round, so that they never have control variates",
         "keep": "the factors restart after every round",
+        "sparse": "its factors are never sent down, only drawn",
     }
 
     def _initial_state(self) -> ServerState:

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedloru_flwr.coding import Chain, Step, as_tensor
+from fedloru_flwr.coding import Chain, Step
 from fedloru_flwr.lowrank import Adapter, Codec, Entry, Ledger, derive_seed, digest_tensors, fold
 from fedloru_flwr.lowrank.factors import has_product
+from fedloru_flwr.lowrank.ledger import as_tensor
 from fedloru_flwr.models.layout import shared_keys
 from fedloru_flwr.models.plan import AdapterPlan, as_sent, canonical_names, plain_state
 from fedloru_flwr.runs import Checkpoint

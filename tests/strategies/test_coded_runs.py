@@ -23,9 +23,9 @@ from toy_federation import (
 
 from fedloru_flwr import wire
 from fedloru_flwr.clients import session
-from fedloru_flwr.coding import RESIDUAL, Follow, Parcel, Step, as_tensor, decode_update, encode_update
+from fedloru_flwr.coding import RESIDUAL, Follow, Parcel, Step, decode_update, encode_update
 from fedloru_flwr.lowrank import Codec, CodecError
-from fedloru_flwr.lowrank.ledger import CODED
+from fedloru_flwr.lowrank.ledger import CODED, as_tensor
 from fedloru_flwr.store import Store
 from fedloru_flwr.strategies import FedAvg, FedLoRA, FedLoRU
 
