@@ -301,8 +301,7 @@ def encode_update(
     """
     update = {key: value - known[key] if _fits(value, known.get(key)) else value for key, value in sent.items()}
     update = {key: value + residual[key] if key in residual else value for key, value in update.items()}
-    data = codec.encode(update, seed)
-    arrives = codec.decode(data, {key: value.shape for key, value in update.items()})
+    data, arrives = codec.transmit(update, seed)
     left = {key: value - arrives[key] for key, value in update.items()}
     return {CODED: as_tensor(data)}, _added(arrives, known), left
 

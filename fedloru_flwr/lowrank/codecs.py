@@ -16,7 +16,8 @@ its transpose, whichever are fewer: a factor ``B (out, r)`` has ``r`` of them. T
 are coded by Elias and Fano's method (about ``2 + log2(1 / F)`` bits each), or as one bit a place, whichever is less.
 
 Both sides know names and shapes, so that nothing but numbers travels, and the size follows from the shapes: first the
-scales of all rows, then the codes of all numbers, then the places of those that are kept.
+scales of all rows (of a sparse tensor one), then the codes of all numbers, then the places of those that are kept,
+counted through all tensors.
 """
 
 import importlib.util
@@ -30,6 +31,7 @@ from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -41,6 +43,7 @@ _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
 _MARGIN = 1e-3  # so that rounding up never leaves the range
 _BLOCK = 1 << 16  # numbers that are rounded at a time, while they are in the processor's cache
 _NOISE = 1 << 18
+Floats = npt.NDArray[np.float32]
 _RAW, _PACKED = b"\x00", b"\x01"
 
 
@@ -110,22 +113,11 @@ class Codec:
 
     def size(self, shapes: Iterable[Sequence[int]]) -> int:
         """The bytes of tensors of these shapes: exactly, or with zstd at most."""
-        scales = kept = places = 0
-        for shape in shapes:
-            count = math.prod(shape)
-            if not count:
-                continue
-            own = self._kept(count)
-            kept += own
-            scales += _rows(shape) if own == count else 1
-            places += 0 if own == count else min(_bitmap_bytes(count), _EliasFano(count, own).size)
-        beside = 4 * scales if self.numbers in ("int8", "int4") else 0
-        return beside + -(-kept * _BITS[self.numbers] // 8) + places + self.lossless
+        return self._layout(shapes).size + self.lossless
 
-    def _kept(self, count: int) -> int:
-        return min(count, max(1, math.ceil(self.keep * count)))
+    def _layout(self, shapes: Iterable[Sequence[int]]) -> "_Layout":
+        return _layout(tuple(map(tuple, shapes)), self.keep, _BITS[self.numbers])
 
-    @torch.no_grad()
     def encode(self, tensors: Mapping[str, Tensor], seed: int) -> bytes:
         """The tensors as bytes, in the order given.
 
@@ -135,37 +127,54 @@ class Codec:
             tensors: of floating point; wider ones than float32 are rounded to it.
             seed: of the rounding; the same gives the same bytes, on the CPU and on a GPU.
         """
-        matrices, places = self._matrices(tensors.values())
-        if self.numbers in _FLOATS:
-            parts = [matrix.to(_FLOATS[self.numbers]) for matrix in matrices]
-        elif sum(matrix.numel() for matrix in matrices) <= _BLOCK:
-            parts = _quantise_small(matrices, _BITS[self.numbers], seed)
-        else:
-            dither = _Dither(seed)
-            quantised = [_quantise(matrix, _BITS[self.numbers], dither) for matrix in matrices]
-            parts = [*(scales for scales, _ in quantised), *(codes for _, codes in quantised)]
-        if self.numbers == "int4":
-            count = len(matrices) if len(parts) > 2 else 1
-            parts = [*parts[:-count], _write_nibbles(torch.cat(parts[-count:]))]
-        data = b"".join(_bytes_of(part) for part in (*parts, *places))
-        return _compressed(data) if self.lossless else data
+        return self._encode(list(tensors.values()), seed)[0]
 
-    def _matrices(self, tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """What is sent of each tensor, as a matrix whose rows have scales; and the places of what is not all sent."""
-        matrices, places = [], []
-        for tensor in tensors:
-            kept = self._kept(tensor.numel())
-            if kept == tensor.numel():
-                if kept:
-                    matrices.append(_matrix(tensor.detach().float()))
-                continue
-            flat = tensor.detach().float().flatten()
-            chosen = _largest(flat.abs(), kept)
-            matrices.append(flat[chosen][None])
-            code = _EliasFano(len(flat), kept)
-            is_bitmap = code.size >= _bitmap_bytes(len(flat))
-            places.append(_write_bitmap(chosen, len(flat)) if is_bitmap else code.write(chosen))
-        return matrices, places
+    def transmit(self, tensors: Mapping[str, Tensor], seed: int) -> tuple[bytes, dict[str, Tensor]]:
+        """The tensors as bytes, and what these decode to."""
+        data, numbers = self._encode(list(tensors.values()), seed)
+        if numbers is None:
+            return data, self.decode(data, {key: tensor.shape for key, tensor in tensors.items()})
+        return data, dict(zip(tensors, numbers.split_up(), strict=True))
+
+    @torch.no_grad()
+    def _encode(self, tensors: Sequence[Tensor], seed: int) -> "tuple[bytes, _Numbers | None]":
+        """The bytes and, where they are at hand, the numbers that they decode to."""
+        layout = self._layout(tensor.shape for tensor in tensors)
+        plain = [tensor.detach().float() for tensor in tensors]
+        arrived: _Numbers | None = None
+        if self.keep < 1:
+            flat = torch.cat([tensor.reshape(-1) for tensor in plain]) if plain else torch.empty(0)
+            chosen = _chosen(flat, layout)
+            parts, arrived = self._quantised(_numpy(flat[chosen.to(flat.device)]), layout, seed)
+            parts.append(_numpy(layout.places.write(chosen)))
+            arrived = None if arrived is None else arrived.at(chosen)
+        elif layout.total <= _BLOCK:
+            parts, arrived = self._quantised(layout.by_rows(plain), layout, seed)
+        else:
+            parts = self._of_large(plain, seed)
+        data = b"".join(part.tobytes() for part in parts)
+        return (_compressed(data) if self.lossless else data), arrived
+
+    def _quantised(self, values: Floats, layout: "_Layout", seed: int) -> "tuple[list[Any], _Numbers | None]":
+        """Numbers, row by row, as parts of the bytes; and what these stand for."""
+        if self.numbers in _FLOATS:
+            sent = torch.from_numpy(values).to(_FLOATS[self.numbers])
+            return [_numpy(sent.view(torch.uint8))], _Numbers(sent.float().numpy(), layout)
+        scales, codes = _quantise_small(values, layout.lengths, _BITS[self.numbers], seed)
+        arrived = codes * np.repeat(scales, layout.lengths)
+        return [scales, codes if self.numbers == "int8" else _write_nibbles(codes)], _Numbers(arrived, layout)
+
+    def _of_large(self, tensors: Sequence[Tensor], seed: int) -> "list[Any]":
+        """Tensors as parts of the bytes, one after the other: each is large enough to be worth it."""
+        matrices = [_matrix(tensor) for tensor in tensors if tensor.numel()]
+        if self.numbers in _FLOATS:
+            return [_numpy(matrix.to(_FLOATS[self.numbers]).flatten().view(torch.uint8)) for matrix in matrices]
+        dither = _Dither(seed)
+        quantised = [_quantise(matrix, _BITS[self.numbers], dither) for matrix in matrices]
+        codes = [_numpy(codes) for _, codes in quantised]
+        if self.numbers == "int4":
+            codes = [_write_nibbles(np.concatenate(codes))]
+        return [*(_numpy(scales) for scales, _ in quantised), *codes]
 
     @torch.no_grad()
     def decode(self, data: bytes, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -174,51 +183,39 @@ class Codec:
         Raises:
             CodecError: if the bytes are not those of tensors of these shapes.
         """
-        expected = self.size(shapes.values()) - self.lossless
+        layout = self._layout(shapes.values())
         if self.lossless:
-            data = _expanded(data, expected)
-        if len(data) != expected:
-            raise CodecError(f"{len(data)} bytes where {self} has {expected} for these shapes")
-        sent = [(math.prod(shape), self._kept(math.prod(shape)), shape) for shape in shapes.values()]
-        rows = [(_rows(shape) if kept == count else 1) if count else 0 for count, kept, shape in sent]
-        counts = [kept for _, kept, _ in sent]
-        numbers, end = self._numbers(data, rows, counts)
-        reader, found = _Reader(data[end:] if self.keep < 1 else b""), {}
-        for name, (count, kept, shape), flat in zip(shapes, sent, torch.split(numbers, counts), strict=True):
-            if kept == count:
-                found[name] = _unmatrix(flat, tuple(shape))
-                continue
-            code = _EliasFano(count, kept)
-            is_bitmap = code.size >= _bitmap_bytes(count)
-            written = reader.take(_bitmap_bytes(count) if is_bitmap else code.size)
-            whole = torch.zeros(count)
-            whole[_read_bitmap(written, count, kept) if is_bitmap else code.read(written)] = flat
-            found[name] = whole.view(tuple(shape))
-        return found
+            data = _expanded(data, layout.size)
+        if len(data) != layout.size:
+            raise CodecError(f"{len(data)} bytes where {self} has {layout.size} for these shapes")
+        numbers = _Numbers(self._read(data, layout), layout)
+        if self.keep < 1:
+            numbers = numbers.at(layout.places.read(np.frombuffer(data, np.uint8)[layout.size - layout.places.size :]))
+        return dict(zip(shapes, numbers.split_up(), strict=True))
 
-    def _numbers(self, data: bytes, rows: Sequence[int], counts: Sequence[int]) -> tuple[Tensor, int]:
-        """All numbers that were sent, row by row, and where their bytes end."""
-        total, reader = sum(counts), _Reader(data)
+    def _read(self, data: bytes, layout: "_Layout") -> Floats:
+        """All numbers that were sent, row by row."""
         if self.numbers in _FLOATS:
-            values = reader.take(total, _FLOATS[self.numbers]).float()
-            return values, total * _BITS[self.numbers] // 8
-        scales = reader.take(sum(rows), torch.float32)
+            with warnings.catch_warnings():  # torch says that one must not write to what it is lent
+                warnings.simplefilter("ignore")
+                sent = torch.frombuffer(data or b"\0", dtype=torch.uint8)[: layout.sent * _BITS[self.numbers] // 8]
+            return sent.clone().view(_FLOATS[self.numbers]).float().numpy()
+        scales = np.frombuffer(data, np.float32, len(layout.lengths))
+        codes: Any
         if self.numbers == "int8":
-            codes = reader.take(total, torch.int8)
+            codes = np.frombuffer(data, np.int8, layout.sent, scales.nbytes)
         else:
-            codes = _read_nibbles(reader.take(-(-total // 2)), total)
-        end = 4 * sum(rows) + -(-total * _BITS[self.numbers] // 8)
-        if total <= _BLOCK:
-            lengths = _lengths(tuple(zip(rows, counts, strict=True)))
-            return torch.from_numpy(codes.numpy() * np.repeat(scales.numpy(), lengths)), end
-        numbers = torch.empty(total)
-        at = row = 0
-        for of, count in zip(rows, counts, strict=True):
-            if count:
-                into, part = numbers[at : at + count].view(of, -1), codes[at : at + count].view(of, -1)
-                torch.mul(part, scales[row : row + of, None], out=into)
-            at, row = at + count, row + of
-        return numbers, end
+            codes = _read_nibbles(np.frombuffer(data, np.uint8, -(-layout.sent // 2), scales.nbytes), layout.sent)
+        if layout.sent <= _BLOCK or self.keep < 1:
+            small: Floats = np.asarray(codes * np.repeat(scales, layout.lengths))
+            return small
+        numbers, at, row = np.empty(layout.sent, np.float32), 0, 0
+        for rows, count in zip(layout.rows, layout.counts, strict=True):
+            if count:  # row by row would cost more to address than to compute, or take another copy
+                into = numbers[at : at + count].reshape(rows, -1)
+                np.multiply(codes[at : at + count].reshape(rows, -1), scales[row : row + rows, None], out=into)
+            at, row = at + count, row + rows
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -283,20 +280,101 @@ def _unknown(stage: str) -> str:
     return f"codec stage {stage!r} is not known, {_ALLOWED}" + did_you_mean(stage, (*FORMATS, "topk", "zstd"))
 
 
-class _Reader:
-    """Bytes taken from the front."""
+def _numpy(tensor: Tensor) -> Any:
+    return tensor.contiguous().cpu().numpy()
 
-    def __init__(self, data: bytes) -> None:
-        with warnings.catch_warnings():  # torch says that one must not write to what it is lent
-            warnings.simplefilter("ignore")
-            self._data = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        self._at = 0
 
-    def take(self, count: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-        """The next so many numbers; they may lie in the message's bytes, and are only read."""
-        start, self._at = self._at, self._at + count * dtype.itemsize
-        taken = self._data[start : self._at]
-        return (taken.clone() if dtype.itemsize > 1 else taken).view(dtype)  # a copy begins at a whole address
+@dataclass(frozen=True)
+class _Layout:
+    """Where the numbers of tensors of some shapes go, as far as that follows from the shapes.
+
+    Attributes:
+        shapes: of the tensors.
+        counts: of numbers in each.
+        total: their sum.
+        rows: of each tensor's matrix.
+        kept: of each one's numbers.
+        sent: their sum.
+        lengths: of the rows that have a scale each.
+        order: the place among all numbers of each one that is written, row by row; None: as they are.
+        inverse: the place among those written of each one.
+        places: the code of the places of those sent; of none where all are.
+        size: of all in bytes.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    counts: tuple[int, ...]
+    total: int
+    rows: tuple[int, ...]
+    kept: tuple[int, ...]
+    sent: int
+    lengths: Any
+    order: Any
+    inverse: Any
+    places: "_Places"
+    size: int
+
+    def by_rows(self, tensors: Sequence[Tensor]) -> Floats:
+        """The numbers of tensors, row by row."""
+        if not tensors:
+            return np.empty(0, np.float32)
+        flat: Floats = _numpy(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        return flat if self.order is None else flat[self.order]
+
+
+@lru_cache(256)
+def _layout(shapes: tuple[tuple[int, ...], ...], keep: float, bits: int) -> _Layout:
+    counts = tuple(math.prod(shape) for shape in shapes)
+    rows = tuple(map(_rows, shapes))
+    kept = tuple(min(count, max(1, math.ceil(keep * count))) for count in counts)
+    total, sent = sum(counts), sum(kept)
+    if keep < 1:
+        lengths = [own for own in kept if own]
+    else:
+        lengths = [count // of for of, count in zip(rows, counts, strict=True) for _ in range(of)]
+    order = inverse = None
+    if keep == 1 and total <= _BLOCK:
+        at = torch.split(torch.arange(total), list(counts)) if counts else ()
+        written = [_matrix(one.view(shape)).flatten() for one, shape in zip(at, shapes, strict=True) if one.numel()]
+        order = torch.cat(written).numpy() if written else np.empty(0, np.int64)
+        inverse = np.argsort(order)
+        if (order == np.arange(total)).all():
+            order = inverse = None
+    places = _Places(total, sent if keep < 1 else 0)
+    size = -(-sent * bits // 8) + places.size + (4 * len(lengths) if bits < 16 else 0)
+    return _Layout(shapes, counts, total, rows, kept, sent, np.array(lengths, np.int64), order, inverse, places, size)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What tensors decode to.
+
+    Attributes:
+        values: all numbers, row by row; or at their places.
+        layout: of the tensors.
+        is_placed: whether they are at their places.
+    """
+
+    values: Floats
+    layout: _Layout
+    is_placed: bool = False
+
+    def at(self, places: Tensor) -> "_Numbers":
+        """The numbers at their places, among zeros."""
+        whole = np.zeros(self.layout.total, np.float32)
+        whole[places.cpu().numpy()] = self.values
+        return _Numbers(whole, self.layout, True)
+
+    def split_up(self) -> list[Tensor]:
+        """The tensors."""
+        layout, values = self.layout, self.values
+        by_rows = not self.is_placed and layout.total > _BLOCK
+        if not self.is_placed and layout.inverse is not None:
+            values = values[layout.inverse]
+        flats = torch.split(torch.from_numpy(values), list(layout.counts))
+        if by_rows:
+            return [_unmatrix(flat, shape) for flat, shape in zip(flats, layout.shapes, strict=True)]
+        return [flat.view(shape) for flat, shape in zip(flats, layout.shapes, strict=True)]
 
 
 def _rows(shape: Sequence[int]) -> int:
@@ -320,30 +398,32 @@ def _unmatrix(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
     return flat.view(count // first, first).T.reshape(shape)
 
 
-@lru_cache(256)
-def _lengths(of: tuple[tuple[int, int], ...]) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """The length of every row of matrices of these numbers of rows and numbers."""
-    return np.array([count // rows for rows, count in of for _ in range(rows)], dtype=np.int64)
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+def _chosen(flat: Tensor, layout: _Layout) -> Tensor:
+    """The places of what is sent of sparse tensors, ascending, on the CPU."""
+    sizes, found, at = flat.abs(), [], 0
+    if bool(sizes.isnan().any()):
+        sizes = torch.where(sizes.isnan(), math.inf, sizes)
+    for count, kept in zip(layout.counts, layout.kept, strict=True):
+        if count:
+            found.append(_largest(sizes[at : at + count], kept) + at)
+        at += count
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
 
 
 def _largest(sizes: Tensor, kept: int) -> Tensor:
-    """The places of the largest, ascending; of equal ones at the limit the first."""
-    if sizes.isnan().any():
-        sizes = torch.where(sizes.isnan(), math.inf, sizes)
+    """The places of the largest, ascending, on the CPU; of equal ones at the limit the first."""
+    if kept == sizes.numel():
+        return torch.arange(kept)
     if sizes.numel() <= _BLOCK:  # NumPy is much faster here
-        numbers = sizes.cpu().numpy()
+        numbers = _numpy(sizes)
         limit = np.partition(numbers, len(numbers) - kept)[len(numbers) - kept]
-        above = numbers > limit
-        above[np.flatnonzero(numbers == limit)[: kept - int(above.sum())]] = True
-        return torch.from_numpy(np.flatnonzero(above)).to(sizes.device)
+        chosen = numbers > limit
+        chosen[np.flatnonzero(numbers == limit)[: kept - int(chosen.sum())]] = True
+        return torch.from_numpy(np.flatnonzero(chosen))
     least = torch.topk(sizes, kept, sorted=False).values.min()
-    chosen = sizes > least
-    chosen[(sizes == least).nonzero().flatten()[: kept - int(chosen.sum())]] = True
-    return chosen.nonzero().flatten()
+    above = sizes > least
+    above[(sizes == least).nonzero().flatten()[: kept - int(above.sum())]] = True
+    return above.nonzero().flatten().cpu()
 
 
 class _Dither:
@@ -364,14 +444,11 @@ class _Dither:
         return self._supply[start : start + count]
 
 
-def _quantise_small(matrices: Sequence[Tensor], bits: int, seed: int) -> list[Tensor]:
-    """Scales of all rows and codes of all numbers, at most `_BLOCK` of them, in one go: tensors this small cost more to
-    address than to compute."""
-    if not matrices:
-        return [torch.empty(0), torch.empty(0, dtype=torch.int8)]
+def _quantise_small(flat: Floats, lengths: Any, bits: int, seed: int) -> tuple[Floats, Any]:
+    """Scales of all rows and codes of all numbers in one go: small tensors cost more to address than to compute."""
     levels = np.float32(2 ** (bits - 1) - 1 - _MARGIN)
-    flat = np.concatenate([matrix.cpu().numpy().ravel() for matrix in matrices])
-    lengths = _lengths(tuple((len(matrix), matrix.numel()) for matrix in matrices))
+    if not len(lengths):
+        return np.empty(0, np.float32), np.empty(0, np.int8)
     largest = np.maximum.reduceat(np.abs(flat), np.cumsum(lengths) - lengths)
     is_finite = np.isfinite(largest)
     with np.errstate(all="ignore"):  # rows of zeros, and the smallest numbers there are, which have no reciprocal
@@ -382,14 +459,13 @@ def _quantise_small(matrices: Sequence[Tensor], bits: int, seed: int) -> list[Te
     if not is_finite.all():
         scaled[~np.isfinite(scaled)] = 0
     scaled += np.random.Generator(np.random.PCG64(seed)).random(len(scaled), dtype=np.float32)
-    codes = np.floor(scaled, out=scaled).astype(np.int8)
-    return [torch.from_numpy(scales), torch.from_numpy(codes)]
+    return scales, np.floor(scaled, out=scaled).astype(np.int8)
 
 
 def _quantise(matrix: Tensor, bits: int, dither: _Dither) -> tuple[Tensor, Tensor]:
     """Scales ``(rows,)`` and int8 codes of every number, row by row."""
     levels = 2 ** (bits - 1) - 1 - _MARGIN
-    largest = torch.linalg.vector_norm(matrix, math.inf, dim=1)
+    largest = torch.maximum(matrix.amax(1), -matrix.amin(1))  # six times as fast as the norm
     is_finite = largest.isfinite()
     factor = torch.where(is_finite & (largest > 0), levels / largest, 0.0)
     scales = torch.where(is_finite, largest / levels, math.nan)
@@ -411,22 +487,27 @@ def _quantise(matrix: Tensor, bits: int, dither: _Dither) -> tuple[Tensor, Tenso
     return scales, codes.flatten()
 
 
-def _write_nibbles(codes: Tensor) -> Tensor:
+def _write_nibbles(codes: Any) -> Any:
     """Two codes of -7 to 7 a byte, the first in the upper half."""
-    codes = codes.view(torch.uint8)
+    codes = codes.view(np.uint8)
     if len(codes) % 2:
-        codes = torch.cat([codes, codes.new_zeros(1)])
+        codes = np.append(codes, np.uint8(0))
     return (codes[::2] << 4) | (codes[1::2] & 15)
 
 
-def _read_nibbles(data: Tensor, count: int) -> Tensor:
-    codes = torch.stack([data >> 4, data & 15], dim=1).flatten()[:count].view(torch.int8)
-    return torch.where(codes > 7, codes - 16, codes)
+def _read_nibbles(data: Any, count: int) -> Any:
+    codes = np.empty(2 * len(data), np.int8)
+    signed = data.view(np.int8)
+    codes[::2] = signed >> 4
+    codes[1::2] = (signed << 4) >> 4
+    return codes[:count]
 
 
 @dataclass(frozen=True)
-class _EliasFano:
-    """Ascending places below ``count``: their lower bits as they are, the upper ones as the gaps of set bits.
+class _Places:
+    """A code of ascending places, as Elias and Fano's or as one bit a place, whichever is less.
+
+    Elias and Fano's: the lower bits as they are, the upper ones as the gaps of set bits.
 
     Attributes:
         count: of all places.
@@ -438,58 +519,59 @@ class _EliasFano:
 
     @property
     def _low(self) -> int:
-        return max(0, (self.count // self.kept).bit_length() - 1)
+        return max(0, (self.count // max(1, self.kept)).bit_length() - 1)
 
     @property
     def _high_bits(self) -> int:
         return self.kept + (self.count >> self._low) + 1
 
     @property
+    def _coded_bytes(self) -> int:
+        return -(-self.kept * self._low // 8) + -(-self._high_bits // 8)
+
+    @property
+    def _is_bitmap(self) -> bool:
+        return self._coded_bytes >= -(-self.count // 8)
+
+    @property
     def size(self) -> int:
         """In bytes."""
-        return -(-self.kept * self._low // 8) + -(-self._high_bits // 8)
+        return (-(-self.count // 8) if self._is_bitmap else self._coded_bytes) if self.kept else 0
 
     def write(self, places: Tensor) -> Tensor:
         """As bytes."""
         at = places.cpu().numpy()
+        if not self.kept:
+            return torch.empty(0, dtype=torch.uint8)
+        if self._is_bitmap:
+            bits = np.zeros(self.count, dtype=np.uint8)
+            bits[at] = 1
+            return torch.from_numpy(np.packbits(bits))
         low = (at[:, None] >> np.arange(self._low - 1, -1, -1)) & 1
         high = np.zeros(self._high_bits, dtype=np.uint8)
         high[(at >> self._low) + np.arange(self.kept)] = 1
         return torch.from_numpy(np.concatenate([np.packbits(low.astype(np.uint8)), np.packbits(high)]))
 
-    def read(self, data: Tensor) -> Tensor:
+    def read(self, data: Any) -> Tensor:
         """The places.
 
         Raises:
             CodecError: if the bytes are not of as many places in this range.
         """
-        low_bytes = -(-self.kept * self._low // 8)
-        bits = np.unpackbits(data.numpy()[:low_bytes], count=self.kept * self._low)
-        low = bits.reshape(self.kept, self._low).astype(np.int64) @ (1 << np.arange(self._low - 1, -1, -1))
-        (set_bits,) = np.unpackbits(data.numpy()[low_bytes:], count=self._high_bits).nonzero()
-        if len(set_bits) != self.kept:
-            raise CodecError(f"the code of {self.kept} places has {len(set_bits)} of them")
-        places = ((set_bits - np.arange(self.kept)) << self._low) + low
-        if (places[1:] <= places[:-1]).any() or places[-1] >= self.count:
-            raise CodecError(f"the code of {self.kept} places of {self.count} has some twice, or beyond the last")
+        if self._is_bitmap:
+            (places,) = np.unpackbits(data, count=self.count).nonzero()
+        else:
+            low_bytes = -(-self.kept * self._low // 8)
+            bits = np.unpackbits(data[:low_bytes], count=self.kept * self._low)
+            low = bits.reshape(self.kept, self._low).astype(np.int64) @ (1 << np.arange(self._low - 1, -1, -1))
+            (places,) = np.unpackbits(data[low_bytes:], count=self._high_bits).nonzero()
+        if len(places) != self.kept:
+            raise CodecError(f"the code of {self.kept} places has {len(places)} of them")
+        if not self._is_bitmap:
+            places = ((places - np.arange(self.kept)) << self._low) + low
+            if (places[1:] <= places[:-1]).any() or (self.kept and places[-1] >= self.count):
+                raise CodecError(f"the code of {self.kept} places of {self.count} has some twice, or beyond the last")
         return torch.from_numpy(places)
-
-
-def _bitmap_bytes(count: int) -> int:
-    return -(-count // 8)
-
-
-def _write_bitmap(places: Tensor, count: int) -> Tensor:
-    bits = np.zeros(count, dtype=np.uint8)
-    bits[places.cpu().numpy()] = 1
-    return torch.from_numpy(np.packbits(bits))
-
-
-def _read_bitmap(data: Tensor, count: int, kept: int) -> Tensor:
-    (places,) = np.unpackbits(data.numpy(), count=count).nonzero()
-    if len(places) != kept:
-        raise CodecError(f"the bitmap of {kept} places has {len(places)} of them")
-    return torch.from_numpy(places)
 
 
 def _compressed(data: bytes) -> bytes:

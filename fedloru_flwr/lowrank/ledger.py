@@ -84,8 +84,7 @@ class Entry:
             codec: how they are coded.
             seed: of the rounding.
         """
-        coded = codec.encode(adapter, seed)
-        arrived = codec.decode(coded, {key: tensor.shape for key, tensor in adapter.items()})
+        coded, arrived = codec.transmit(adapter, seed)
         return replace(cls.after(previous, arrived, scale, draw), codec=str(codec), coded=coded)
 
     def tensors(self) -> Adapter:
