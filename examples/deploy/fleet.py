@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -103,12 +103,14 @@ class Fleet:
     Args:
         directory: for all that they need and leave behind.
         secure: with TLS and SuperNode authentication; else in the clear.
+        host: the address that the SuperLink listens on and is reached by.
         restart_seconds: between a part's failure and its next start.
     """
 
-    def __init__(self, directory: Path, *, secure: bool = True, restart_seconds: float = 5.0) -> None:
+    def __init__(self, directory: Path, *, secure: bool = True, host: str = HOST, restart_seconds: float = 5.0) -> None:
         self.directory = directory.absolute()
         self.secure = secure
+        self.host = host
         self.port = free_port()
         self.superlink: Service | None = None
         self.supernodes: dict[str, Service] = {}
@@ -136,11 +138,11 @@ class Fleet:
 
     def start_superlink(self) -> None:
         """Start the SuperLink, with its state in a file, and wait until it answers."""
-        command = [_script("flower-superlink"), "--host", HOST, "--port", str(self.port)]
+        command = [_script("flower-superlink"), "--host", self.host, "--port", str(self.port)]
         command += ["--database", str(self.directory / "superlink" / "state.db")]
-        connection: dict[str, Value] = {"address": f"{HOST}:{self.port}"}
+        connection: dict[str, Value] = {"address": f"{self.host}:{self.port}"}
         if self.secure:
-            write_certificates(self.tls, [HOST, "localhost"])
+            write_certificates(self.tls, [self.host, "localhost"])
             command += ["--ssl-ca-certfile", str(self.tls / "ca.crt"), "--ssl-certfile", str(self.tls / "server.pem")]
             command += ["--ssl-keyfile", str(self.tls / "server.key"), "--enable-supernode-auth"]
             connection["root-certificates"] = str(self.tls / "ca.crt")
@@ -157,7 +159,7 @@ class Fleet:
         """Wait until the SuperLink answers on its port."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), 1):
+            with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), 1):
                 return
             time.sleep(0.2)
         raise FleetError(f"the SuperLink does not answer after {seconds:g} s:\n{self.logs()}")
@@ -175,6 +177,7 @@ class Fleet:
         root_certificates: Path | None = None,
         in_the_clear: bool = False,
         max_retries: int | None = None,
+        within: Sequence[str] = (),
     ) -> Service:
         """Start a SuperNode; with security, its key must be in its place.
 
@@ -184,9 +187,11 @@ class Fleet:
             root_certificates: of another authority than the SuperLink's.
             in_the_clear: without TLS and key, whatever the SuperLink wants.
             max_retries: after which it gives up to reach the SuperLink; None: it never does.
+            within: a command that runs the one that follows it, such as ``ip netns exec NAME``.
         """
         environment = self._environment(name)
-        command = [_script("flower-supernode"), "--superlink", f"{HOST}:{self.port}", "--port", str(free_port())]
+        command = [*within, _script("flower-supernode"), "--superlink", f"{self.host}:{self.port}"]
+        command += ["--port", str(free_port())]
         command += ["--node-config", " ".join(f"{key}={_toml(value)}" for key, value in node_config.items())]
         if self.secure and not in_the_clear:
             command += ["--root-certificates", str(root_certificates or self.tls / "ca.crt")]
@@ -252,7 +257,8 @@ class Fleet:
         home = self.directory / name / "home"
         home.mkdir(parents=True, exist_ok=True)
         given = {key: value for key, value in os.environ.items() if key != "FEDLORU_STORE"}
-        direct = {key: ",".join(filter(None, [given.get(key), HOST, "localhost"])) for key in ("no_proxy", "NO_PROXY")}
+        hosts = {HOST, "localhost", self.host}
+        direct = {key: ",".join(filter(None, [given.get(key), *sorted(hosts)])) for key in ("no_proxy", "NO_PROXY")}
         settings = {
             "FLWR_HOME": str(home),
             "FLWR_TELEMETRY_ENABLED": "0",
