@@ -280,6 +280,15 @@ def bytes_of(arrays: Mapping[str, Tensor]) -> bytes:
     return arrays[CODED].numpy().tobytes()
 
 
+def flat_parts(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of one flat tensor, of the names and shapes of others; none if it is of another size."""
+    sizes = [of.numel() for of in like.values()]
+    if flat.numel() != sum(sizes):
+        return {}
+    parts = torch.split(flat, sizes)
+    return {key: part.view(of.shape) for (key, of), part in zip(like.items(), parts, strict=True)}
+
+
 def encode_update(
     codec: Codec,
     sent: Mapping[str, Tensor],

@@ -27,7 +27,7 @@ from fedloru_flwr.clients.control import correction, new_control
 from fedloru_flwr.clients.identity import client_identity
 from fedloru_flwr.clients.method import ClientMethod, Site, client_method
 from fedloru_flwr.clients.task import LocalResult, LocalTask
-from fedloru_flwr.coding import RESIDUAL, Follow, Parcel, encode_update
+from fedloru_flwr.coding import RESIDUAL, Follow, Parcel, encode_update, flat_parts
 from fedloru_flwr.data import Samples
 from fedloru_flwr.lowrank import (
     Codec,
@@ -442,13 +442,18 @@ class Contact:
         """
         site, work = self.site, self.order.work
         known = site.known
-        names = {key: f"{RESIDUAL}{_generation(site, key)}{key}" for key in known}
-        before = {key: site.state[name] for key, name in names.items() if work.feedback and name in site.state}
+        groups = _residual_groups(site, known) if work.feedback else {}
+        before: dict[str, Tensor] = {}
+        for name, keys in groups.items():
+            if name in site.state:
+                before |= flat_parts(site.state[name], {key: known[key] for key in keys})
         seed = derive_seed(site.settings.seed, "uplink", self.client, self.server_round)
         coded, arrives, left = encode_update(Codec.parse(work.uplink), sent, known, before, seed)
         kept = self.method.forgive(site, kept, sent, arrives)
-        if work.feedback:
-            kept |= {names[key]: value for key, value in {**before, **left}.items() if key in names}
+        left = {**before, **left}
+        for name, keys in groups.items():
+            parts = [left[key] if key in left else torch.zeros_like(known[key]) for key in keys]
+            kept[name] = torch.cat([part.reshape(-1) for part in parts])
         return coded, kept
 
     def _ready(self, reply: wire.Reply, *, trained: bool) -> wire.ReadyReply:
@@ -486,9 +491,16 @@ def _opened(parcel: Parcel, plan: AdapterPlan, order: wire.Order) -> dict[str, T
     return order.tensors
 
 
-def _generation(site: Site, key: str) -> str:
-    """What tells a factor from the one of the same name before a restart."""
-    return "" if key in site.plan.dense_leaves else f"{site.work.draw}/"
+def _residual_groups(site: Site, known: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What belongs together of what the uplink's codec may leave out, by the name under which it is kept in one piece.
+
+    Factors are told from those of the same names before a restart.
+    """
+    groups: dict[str, list[str]] = {}
+    for key in known:
+        group = "dense" if key in site.plan.dense_leaves else str(site.work.draw)
+        groups.setdefault(f"{RESIDUAL}{group}", []).append(key)
+    return groups
 
 
 class LowRankSession:
