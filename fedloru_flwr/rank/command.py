@@ -67,9 +67,8 @@ class _Unit:
 
     @property
     def steps(self) -> int:
-        """Rounds to train, and parts to measure."""
-        parts = len(self.measure.rounds) + 1 if self.measure.points else 0
-        return int(self.settings["num-server-rounds"]) + parts
+        """Rounds to train, and measurements to make."""
+        return int(self.settings["num-server-rounds"]) + self.measure.steps
 
 
 def rank(
@@ -146,7 +145,7 @@ def _rows(unit: _Unit) -> list[dict[str, Any]]:
     label = {"training": unit.training.name, "label": unit.training.label, "seed": unit.seed}
     return [
         {**label, **({"round": int(part)} if part.isdigit() else {}), **row}
-        for part, rows in UnitFiles(unit.directory).measures().items()
+        for (part, _), rows in UnitFiles(unit.directory).measures().items()
         for row in rows
     ]
 

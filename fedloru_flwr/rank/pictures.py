@@ -1,8 +1,11 @@
-"""An analysis in pictures: SVG files that stand alone, the same bytes for the same numbers."""
+"""An analysis in pictures: SVG files that stand alone, the same bytes for the same numbers.
+
+Hollow markers are rounds right after a restart of the factors (and the start), where their product is zero.
+"""
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fedloru_flwr.compare.drawing import as_svg, explain, figure_of, looks, picture_name
@@ -17,16 +20,19 @@ def files(rows: Sequence[Row]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for training in dict.fromkeys(row["label"] for row in rows):
         own = [row for row in rows if row["label"] == training]
+        hollow = {row["round"] for row in own if row.get("after_restart")}
         for space, told in _SPACE_NAMES.items():
             lines = _stable_ranks([row for row in own if row.get("space") == space])
             if lines:
                 title = f"Stable rank of the Hessian, {told}: {training}"
-                found[_name("stable-rank", training, space)] = _drawn(lines, title, "stable rank", log=True)
+                found[_name("stable-rank", training, space)] = _drawn(lines, title, "stable rank", hollow, log=True)
         for of in ("gradients", "updates"):
             lines = _similarities([row for row in own if row["kind"] == "similarity" and row["of"] == of])
             if lines:
                 title = f"Similarity of clients' {of}: {training}"
-                found[_name("similarity", training, of)] = _drawn(lines, title, "cosine between clients", log=False)
+                found[_name("similarity", training, of)] = _drawn(
+                    lines, title, "cosine between clients", hollow, log=False
+                )
     return found
 
 
@@ -57,7 +63,7 @@ def _by_seed(values: Mapping[int, Mapping[int, list[float]]]) -> dict[int, list[
     return {at: [statistics.fmean(own) for own in values[at].values()] for at in sorted(values)}
 
 
-def _drawn(lines: Lines, title: str, ylabel: str, *, log: bool) -> bytes:
+def _drawn(lines: Lines, title: str, ylabel: str, hollow: Collection[int], *, log: bool) -> bytes:
     figure, axes = figure_of("round", ylabel)
     style = looks(list(lines))
     for label, by_round in lines.items():
@@ -69,12 +75,16 @@ def _drawn(lines: Lines, title: str, ylabel: str, *, log: bool) -> bytes:
             low = [max(mean - std, 0.1 * mean) if log else mean - std for mean, std in zip(means, stds, strict=True)]
             high = [mean + std for mean, std in zip(means, stds, strict=True)]
             axes.fill_between(rounds, low, high, color=look.colour, alpha=0.13, linewidth=0)
-        axes.plot(
-            rounds, means, color=look.colour, linestyle=look.style, linewidth=1.7, marker=look.marker, markersize=4
-        )
+        axes.plot(rounds, means, color=look.colour, linestyle=look.style, linewidth=1.7)
+        for face, kind in ((look.colour, False), ("white", True)):
+            points = [(at, mean) for at, mean in zip(rounds, means, strict=True) if (at in hollow) is kind]
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axes.plot(x, y, look.marker, markersize=4, markeredgecolor=look.colour, markerfacecolor=face)
     if log and all(value > 0 for by_round in lines.values() for values in by_round.values() for value in values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if any(at in hollow for by_round in lines.values() for at in by_round):
+        title += "\nhollow: the factors are fresh, B = 0"
     explain(figure, title, style)
     return as_svg(figure)
 
