@@ -6,8 +6,8 @@
     python benchmarks/hessian.py resnet --threads 2 --points 500 --tolerance 0.02
 
 The network has been trained for a few steps on the same samples, noisy copies of a prototype for each class (``text``:
-bytes that repeat each other), so that its Hessian has outliers and a bulk as that of a real one. Of the memory, what the
-process had before is not counted. ``--layers`` measures every layer's block as well.
+bytes that repeat each other), so that its Hessian has outliers and a bulk as that of a real one. ``over_start`` is the
+peak of memory less what the process had before. ``--layers`` measures every layer's block as well.
 """
 
 import argparse

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedloru_flwr.rank.unit import LEDGER
+from fedloru_flwr.rank.learned import LEDGER
 
 Row = Mapping[str, Any]
 NONE = "\u2013"

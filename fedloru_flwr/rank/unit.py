@@ -9,7 +9,6 @@ A line of measures.jsonl is one measurement: of a sample or a client, at one rou
 kept, so that an interrupted unit goes on where it was.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,24 +28,25 @@ from fedloru_flwr.clients.training import choose_device
 from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import ClientData, Samples, load_client
 from fedloru_flwr.engines.in_process import run_in_process
+from fedloru_flwr.export import Trained
 from fedloru_flwr.job import Job, build_strategy
 from fedloru_flwr.lowrank import FactorisedLayer, Ledger, as_pair, choose, derive_seed
 from fedloru_flwr.lowrank.factors import has_product, product
 from fedloru_flwr.models import AdapterPlan, plan_adapter
 from fedloru_flwr.models.functional import FunctionalModel
 from fedloru_flwr.rank.advice import Evidence, evidence_of
+from fedloru_flwr.rank.learned import LEDGER, ledger_rows
 from fedloru_flwr.rank.operators import LossHessian, adapter_hessian, module_hessian
-from fedloru_flwr.rank.products import ledger_ranks, matrix_rank
+from fedloru_flwr.rank.products import matrix_rank
 from fedloru_flwr.rank.similarity import Similarity, pair_similarities, similarities
 from fedloru_flwr.rank.spec import Measure, Space
 from fedloru_flwr.rank.spectra import stable_ranks
 from fedloru_flwr.runs import RunDirectory
 from fedloru_flwr.strategies import FederatedStrategy
-from fedloru_flwr.strategies.state import ServerState, merged_state_dict, state_from_checkpoint
+from fedloru_flwr.strategies.state import ServerState, merged_state_dict
 from fedloru_flwr.workload import data_config, local_optimisation, network_factory, server_data
 
 Row = dict[str, Any]
-LEDGER = "ledger"  # the part of a unit's measures that is of the whole run
 _ROUNDS_COMPARED = 4  # of a pilot
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 _TELLING = "plain"  # the clients' method whose training can be carried out apart from a run
@@ -68,7 +68,7 @@ class UnitFiles:
         return self.directory / "snapshots" / f"round-{server_round:06d}.safetensors"
 
     def measures(self) -> dict[tuple[str, str], list[Row]]:
-        """What has been measured, by part (a round's number, or `LEDGER`) and step."""
+        """What has been measured, by part (a round's number, or ``ledger``) and step."""
         lines = atomic.read_lines(self.directory / "measures.jsonl")
         return {(line["part"], line["step"]): line["rows"] for line in lines}
 
@@ -119,7 +119,7 @@ def carry_out(
             if (part, step) not in done:
                 files.add(part, step, list(rows()))
     if (LEDGER, LEDGER) not in done:
-        files.add(LEDGER, LEDGER, ledger_rows(subject, files.run))
+        files.add(LEDGER, LEDGER, ledger_rows(Trained.of_run(files.run)))
     return files.measures()
 
 
@@ -440,58 +440,6 @@ class _Round:
             if value.dim() >= 2:
                 found = matrix_rank(value.detach().double() - start[name].double())
                 yield self._row("weights", layer=name, **_without_values(asdict(found)))
-
-
-def ledger_rows(subject: Subject, run: str | os.PathLike[str]) -> list[Row]:
-    """What each accumulation of a run added in each layer, with the rounds' aggregation error beside it.
-
-    The factors that have not been accumulated yet are the last entry, of the run's last round. A run without a ledger
-    has no rows.
-
-    Args:
-        subject: of the run's settings.
-        run: its directory.
-    """
-    directory = RunDirectory.open(run)
-    checkpoint = directory.latest_checkpoint()
-    if checkpoint is None or not subject.plan.adapted:
-        return []
-    strategy, seed = subject.strategy, subject.config.seed
-    state = state_from_checkpoint(checkpoint, strategy.state.base, subject.plan, seed)
-    entries = [(subject.plan.whole(one.adapter, seed, one.draw), one.scale) for one in state.ledger.entries]
-    rows = directory.read_rounds()
-    ends = _rounds_of_entries(rows, len(entries))
-    pending = subject.plan.whole(state.trainables, seed, state.draw)
-    if not entries or ends[-1] < state.server_round:
-        entries.append((pending, subject.plan.scale))
-        ends.append(state.server_round)
-    found = []
-    for layer in subject.plan.adapted:
-        at = [end for (adapter, _), end in zip(entries, ends, strict=True) if has_product(layer, adapter)]
-        for index, share in enumerate(ledger_ranks(layer, entries)):
-            since = at[index - 1] if index else 0
-            row = {"kind": LEDGER, "layer": layer.weight_key, "entry": index + 1, "round": at[index]}
-            row |= {key: value for key, value in asdict(share).items() if key != "total"}
-            row |= {f"total_{key}": value for key, value in _without_values(asdict(share.total)).items()}
-            found.append({**row, "aggregation_error": _mean_error(rows, layer.name, since, at[index])})
-    return found
-
-
-def _rounds_of_entries(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
-    """The round of each entry: that in which the ledger's version reached it."""
-    ends: list[int] = []
-    for row in rows:
-        ends += [row["round"]] * (row["ledger_version"] - len(ends))
-    return (ends + [ends[-1] if ends else 0] * count)[:count]
-
-
-def _mean_error(rows: Sequence[Mapping[str, Any]], layer: str, since: int, until: int) -> float | None:
-    errors = [
-        row["aggregation_error"][layer]
-        for row in rows
-        if since < row["round"] <= until and layer in (row.get("aggregation_error") or {})
-    ]
-    return sum(errors) / len(errors) if errors else None
 
 
 def _without_values(row: Row) -> Row:
