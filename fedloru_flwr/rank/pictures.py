@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fedloru_flwr.compare.drawing import as_svg, explain, figure_of, looks, picture_name
+from fedloru_flwr.rank.perturbation import Simulation
 
 Row = Mapping[str, Any]
 Lines = Mapping[str, Mapping[int, list[float]]]  # label, round, one value a seed
@@ -34,6 +35,36 @@ def files(rows: Sequence[Row]) -> dict[str, bytes]:
                     lines, title, "cosine between clients", hollow, log=False
                 )
     return found
+
+
+def of_simulation(found: Simulation, title: str) -> dict[str, bytes]:
+    """The theorem's simulation by file name: stable ranks and spectra by the number of points, beside the theory."""
+    points = [one.points for one in found.sampled]
+    figure, axes = figure_of("points", "stable rank")
+    style = looks(["simulated", "limit"])
+    means, errors = ([getattr(one, key) for one in found.sampled] for key in ("stable_rank", "stable_rank_error"))
+    look = style["simulated"]
+    axes.errorbar(points, means, errors, color=look.colour, linestyle="", marker=look.marker, markersize=4, capsize=2)
+    known = [(one.points, one.limit.stable_rank) for one in found.sampled if one.limit.stable_rank is not None]
+    if known:
+        look = style["limit"]
+        axes.plot(*zip(*known, strict=True), color=look.colour, linestyle=look.style, marker=look.marker, markersize=4)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    explain(figure, f"{title}: stable rank", {name: style[name] for name in ("simulated", *["limit"] * bool(known))})
+    spectra, axes = figure_of("eigenvalue", "share below")
+    style = looks([f"{count} points" for count in points])
+    for values, look in zip(found.eigenvalues, style.values(), strict=True):
+        share = [1 - place / len(values) for place in range(len(values))]
+        axes.plot(values, share, color=look.colour, linestyle=look.style, linewidth=1.4)
+    for one, look in zip(found.sampled, style.values(), strict=True):
+        if one.limit.largest is not None:
+            axes.plot([one.limit.largest], [1.0], look.marker, color=look.colour, markersize=4.5, clip_on=False)
+    explain(spectra, f"{title}: spectra, marked: the limit of the largest", style)
+    name = picture_name(title)
+    return {f"{name}-stable-rank.svg": as_svg(figure), f"{name}-spectra.svg": as_svg(spectra)}
 
 
 def _stable_ranks(rows: Sequence[Row]) -> Lines:
