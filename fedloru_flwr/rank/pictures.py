@@ -6,10 +6,13 @@ Hollow markers are rounds right after a restart of the factors (and the start), 
 import statistics
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedloru_flwr.compare.drawing import as_svg, explain, figure_of, looks, picture_name
 from fedloru_flwr.rank.perturbation import Simulation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Row = Mapping[str, Any]
 Lines = Mapping[str, Mapping[int, list[float]]]  # label, round, one value a seed
@@ -43,16 +46,14 @@ def of_simulation(found: Simulation, title: str) -> dict[str, bytes]:
     figure, axes = figure_of("points", "stable rank")
     style = looks(["simulated", "limit"])
     means, errors = ([getattr(one, key) for one in found.sampled] for key in ("stable_rank", "stable_rank_error"))
-    look = style["simulated"]
-    axes.errorbar(points, means, errors, color=look.colour, linestyle="", marker=look.marker, markersize=4, capsize=2)
     known = [(one.points, one.limit.stable_rank) for one in found.sampled if one.limit.stable_rank is not None]
     if known:
         look = style["limit"]
         axes.plot(*zip(*known, strict=True), color=look.colour, linestyle=look.style, marker=look.marker, markersize=4)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    look = style["simulated"]
+    axes.errorbar(points, means, errors, color=look.colour, linestyle="", marker=look.marker, markersize=4, capsize=2)
+    _logarithmic(axes, "x")
+    _logarithmic(axes, "y")
     explain(figure, f"{title}: stable rank", {name: style[name] for name in ("simulated", *["limit"] * bool(known))})
     spectra, axes = figure_of("eigenvalue", "share below")
     style = looks([f"{count} points" for count in points])
@@ -112,12 +113,22 @@ def _drawn(lines: Lines, title: str, ylabel: str, hollow: Collection[int], *, lo
             x, y = zip(*points, strict=True) if points else ((), ())
             axes.plot(x, y, look.marker, markersize=4, markeredgecolor=look.colour, markerfacecolor=face)
     if log and all(value > 0 for by_round in lines.values() for values in by_round.values() for value in values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _logarithmic(axes, "y")
     if any(at in hollow for by_round in lines.values() for at in by_round):
         title += "\nhollow: the factors are fresh, B = 0"
     explain(figure, title, style)
     return as_svg(figure)
+
+
+def _logarithmic(axes: "Axes", which: Literal["x", "y"]) -> None:
+    """Labels as people write numbers, at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _name(*parts: str) -> str:
