@@ -172,7 +172,7 @@ def test_the_conf_of_the_rank_page_is_valid_and_its_table_has_the_real_keys_and_
     (conf,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     assert parse_rank_spec(tomllib.loads(conf), "page", "docs/rank.md").trainings
     defaults = {name_to_key(field.name): field.default for field in dataclasses.fields(Measure)}
-    rows = re.findall(r"^\| `([a-z]+)` \| ?`?([^|`]*?)`? ?\|", page, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z-]+)` \| ?`?([^|`]*?)`? ?\|", page, re.MULTILINE)
     assert [key for key, _ in rows] == list(defaults)
     for key, shown in rows[1:]:
         default = defaults[key]

@@ -56,6 +56,16 @@ ERRORS = _flowing(
     """
 )
 ERROR_CHARTS = "The axis is logarithmic; methods that are exact are in the table alone."
+LEARNED = _flowing(
+    """
+    Of W - W0 of each matrix at the end of a run: stable rank (squared Frobenius over squared spectral norm), effective
+    rank (exponential of the singular values' entropy) and how many singular values have 90 % of the squared norm. Of a
+    layer trained by factors, how many entries were accumulated or in training, and, mean over the entries after the
+    first, the share of an entry's squared norm in output and input directions that no earlier entry had (new), its
+    cosine with the sum of the earlier ones (alignment), and the aggregation error over all entries. Mean ± sample
+    standard deviation over the seeds; every entry, and the leading singular values, are in each run's rank.csv.
+    """
+)
 CURVES = _flowing(
     """
     Lines are the mean over the seeds, bands one sample standard deviation to either side; the marker is the last

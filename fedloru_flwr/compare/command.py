@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from fedloru_flwr import atomic
 from fedloru_flwr.compare import charts
@@ -121,6 +122,7 @@ def report(dirs: Sequence[StrPath], output_dir: StrPath | None = None, *, consol
         other = paths[compared.index(False)]
         raise ConfigError(f"{other} has no {FILE}: name comparisons or runs, not both")
     else:
+        _measure_ranks(paths, console or Console())
         results = of_run_directories(paths)
     single = all(compared) and len(paths) == 1
     default = paths[0] if single else paths[0].parent / "report"
@@ -129,6 +131,19 @@ def report(dirs: Sequence[StrPath], output_dir: StrPath | None = None, *, consol
     outcome = _leave(results, directory, keep=not (single and directory == paths[0]))
     _tell(outcome, console or Console())
     return outcome
+
+
+def _measure_ranks(runs: Sequence[Path], console: Console) -> None:
+    """Write down the rank of what each run has learned; one of which that is not known goes without."""
+    from fedloru_flwr.rank.learned import write_ranks
+
+    for run in runs:
+        try:
+            with console.status(f"rank of what {escape(run.name)} has learned"):
+                write_ranks(run)
+        except (ValueError, OSError) as error:
+            told = f"no rank of what was learned: {error}"
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def _leave(results: Results, directory: Path, *, keep: bool = True) -> Outcome:

@@ -105,6 +105,34 @@ def spread(records: Sequence[Record], metric: str) -> tuple[Stat, Stat, Stat] | 
     return None if mean is None or std is None or worst is None else (mean, std, worst)
 
 
+def learned(records: Sequence[Record]) -> dict[str, list[Stat | None]]:
+    """The rank of what was learned, by matrix.
+
+    Stable rank, effective rank and rank of 90 % at the end; of the ledger's entries their number, the mean share that
+    is new and the mean alignment of those after the first, and the mean aggregation error of all.
+    """
+    found = {}
+    for layer in dict.fromkeys(row["layer"] for record in records for row in record.ranks if row["kind"] == "learned"):
+        own = [[row for row in record.ranks if row["layer"] == layer] for record in records if record.ranks]
+        ends = [next((row for row in rows if row["kind"] == "learned"), {}) for rows in own]
+        entries = [[row for row in rows if row["kind"] == "ledger"] for rows in own]
+        found[layer] = [
+            *(
+                Stat.of([end.get(f"total_{key}") for end in ends])
+                for key in ("stable_rank", "effective_rank", "rank_90")
+            ),
+            Stat.of([len(rows) or None for rows in entries]),
+            *(Stat.of([_mean([row[key] for row in rows[1:]]) for rows in entries]) for key in ("new", "alignment")),
+            Stat.of([_mean([row.get("aggregation_error") for row in rows]) for rows in entries]),
+        ]
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
 def paired_gap(records: dict[int, Record], reference: dict[int, Record]) -> Stat | None:
     """Final accuracy minus that of the reference's run of the same seed, over seeds."""
     gaps = []

@@ -110,6 +110,7 @@ def _sections(comparison: Comparison) -> list[Section]:
         _with_table(by_title, "Spread over clients", charts.spread_charts(comparison), captions.SPREAD_CHARTS)
     )
     sections.append(_with_table(by_title, "Aggregation error", charts.error_charts(comparison), captions.ERROR_CHARTS))
+    sections.append(_with_table(by_title, "Rank of what was learned", [], ""))
     sections.append(Section("Partition of the data", captions.PARTITIONS, charts.partition_charts(comparison)))
     answers = _answers(comparison)
     sections.append(Section(answers.title, tables=[answers] if answers.sections else []))

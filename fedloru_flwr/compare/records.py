@@ -18,6 +18,8 @@ FREE = ("output-dir", "run-name", "resume", "checkpoint-every", "timeout", "trac
 ENDED_WELL = ("finished", "stopped")
 
 Series = list[float | None]
+_RANKS: tuple[str, ...] = ("kind", "layer", "entry", "round", "new", "alignment", "aggregation_error")
+_RANKS += ("total_stable_rank", "total_effective_rank", "total_rank_90")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Record:
         seconds: the rounds took.
         path: its directory.
         answers: what a language model said: ``round``, ``prompt``, ``reference`` and ``generated`` of each.
+        ranks: the rows of ``rank.csv``, without singular values.
     """
 
     settings: dict[str, Scalar]
@@ -53,6 +56,7 @@ class Record:
     seconds: float = 0.0
     path: str = ""
     answers: list[dict[str, Any]] = field(default_factory=list)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def of_rows(
@@ -63,6 +67,7 @@ class Record:
         reason: str = "",
         path: str = "",
         answers: Sequence[dict[str, Any]] = (),
+        ranks: Sequence[dict[str, Any]] = (),
     ) -> Self:
         """Make the record of the rows of a ``metrics.jsonl``; a ``reason`` says that the run has failed."""
         up = down = 0
@@ -90,6 +95,7 @@ class Record:
             seconds=round(sum(row.get("seconds") or 0.0 for row in rows), 3),
             path=path,
             answers=list(answers),
+            ranks=[{key: row[key] for key in _RANKS if key in row} for row in ranks],
         )
 
     @classmethod
@@ -111,8 +117,8 @@ class Record:
         summary = run.read_summary()
         if not reason and (summary is None or summary["status"] not in ENDED_WELL):
             reason = f"the run is {summary['status'] if summary else 'not at its end'}"
-        rows, answers = run.read_rounds(), run.read_answers()
-        return cls.of_rows(settings, rows, reason=reason, path=str(run.path), answers=answers)
+        rows, more = run.read_rounds(), {"answers": run.read_answers(), "ranks": run.read_ranks()}
+        return cls.of_rows(settings, rows, reason=reason, path=str(run.path), **more)
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""

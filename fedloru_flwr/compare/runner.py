@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -90,6 +91,7 @@ class Runner:
         ):
             self._check(pool)
             self._run_all(pool)
+            self._measure_ranks(pool)
             return self._partitions(pool, known_partitions)
 
     def _find_finished(self) -> None:
@@ -194,6 +196,30 @@ class Runner:
             told = f"failed: {record.reason}"
         ending = f"  ({format_duration(left)} left)" if left and done < total else ""
         self._progress.say(f"{done:>{len(str(total))}}/{total}  {run.name}: {told}{ending}")
+
+    def _measure_ranks(self, pool: Pool) -> None:
+        """Have the rank of what was learned written down, of the runs that are judged; some have none."""
+        finals = {run.key for runs in self.plan.finals.values() for run in runs.values()}
+        left = [key for key in finals if key in self.results and self._lacks_ranks(self.results[key])]
+        waiting = iter(sorted(left))
+
+        def next_task() -> tuple[str, Mapping[str, Any]] | None:
+            key = next(waiting, None)
+            if key is None:
+                return None
+            log = str(self._places.logs / "ranks.log")
+            return f"learned {key}", {"task": "learned", "directory": self.results[key].path, "log": log}
+
+        def done(key: str, answer: Mapping[str, Any]) -> None:
+            if answer["ok"]:
+                key = key.removeprefix("learned ")
+                self.results[key] = Record.of_directory(Path(self.results[key].path))
+
+        pool.carry_out(next_task, done)
+
+    @staticmethod
+    def _lacks_ranks(record: Record) -> bool:
+        return record.finished and not (Path(record.path) / "rank.csv").exists()
 
     def _partitions(self, pool: Pool, known: Mapping[str, list[list[int]]]) -> list[dict[str, Any]]:
         """Count classes by client, once for each way in which the first seed's runs deal out the data."""

@@ -50,7 +50,7 @@ def tables(comparison: Comparison) -> list[Table]:
         found += _budgets(comparison, metric)
     if comparison.results.targets:
         found += [_targets(comparison, metric) for metric in metrics]
-    found += [_spread(comparison), _errors(comparison)]
+    found += [_spread(comparison), _errors(comparison), _learned(comparison)]
     return [table for table in found if any(rows for _, rows in table.sections)]
 
 
@@ -226,6 +226,20 @@ def _errors(comparison: Comparison) -> Table:
     return table
 
 
+def _learned(comparison: Comparison) -> Table:
+    """The rank of what each method has learned, a row for each of its matrices."""
+    heads = ["stable rank", "effective rank", "rank of 90 %", "entries", "new", "alignment", "aggregation error"]
+    table = Table("Rank of what was learned", captions.LEARNED, ["method, matrix", *heads])
+    for number, group in enumerate(comparison.groups):
+        rows = []
+        for one in group:
+            for layer, stats in measures.learned(one.runs).items():
+                cells = [Cell(NONE if stat is None else _significant(stat)) for stat in stats]
+                rows.append([Cell(f"{one.label}, {layer}"), *cells])
+        table.sections.append((describe(comparison.combinations[number]), rows))
+    return table
+
+
 def choices_table(comparison: Comparison) -> Table | None:
     """What was tried in the grids, and what was chosen; None where nothing was tuned."""
     results = comparison.results
@@ -375,6 +389,11 @@ def _stat(stat: Stat | None, best: bool = False) -> Cell:
     if stat is None:
         return Cell(NONE)
     return Cell(f"{stat.mean:.3f}" + (f" \u00b1 {stat.std:.3f}" if stat.std is not None else ""), best)
+
+
+def _significant(stat: Stat) -> str:
+    """With three digits, wherever the point is."""
+    return f"{stat.mean:.3g}" + (f" \u00b1 {stat.std:.2g}" if stat.std is not None else "")
 
 
 def _mb(num_bytes: float | None) -> str:

@@ -134,11 +134,20 @@ def rank(task: Mapping[str, Any]) -> Answer:
     return {}
 
 
+def learned(task: Mapping[str, Any]) -> Answer:
+    """Write down the rank of what a run has learned."""
+    from fedloru_flwr.rank.learned import write_ranks
+
+    write_ranks(task["directory"])
+    return {}
+
+
 TASKS: dict[str, Callable[[Mapping[str, Any]], Answer]] = {
     "check": check,
     "run": run,
     "partition": partition,
     "rank": rank,
+    "learned": learned,
 }
 
 

@@ -19,11 +19,13 @@ from fedloru_flwr.compare.pool import Interrupted, Pool, worker_environment
 from fedloru_flwr.compare.records import fingerprint
 from fedloru_flwr.compare.runner import font_cache, signals
 from fedloru_flwr.config import ConfigError, RunConfig
+from fedloru_flwr.export import Trained
 from fedloru_flwr.job import recorded_settings
 from fedloru_flwr.rank import advice as advising
 from fedloru_flwr.rank import pictures, summary
+from fedloru_flwr.rank.learned import ledger_rows
 from fedloru_flwr.rank.spec import Measure, RankSpec, Training, read_rank_spec
-from fedloru_flwr.rank.unit import Subject, UnitFiles, ledger_rows, pilot_evidence
+from fedloru_flwr.rank.unit import UnitFiles, pilot_evidence
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.runs import RunDirectory
 
@@ -67,9 +69,8 @@ class _Unit:
 
     @property
     def steps(self) -> int:
-        """Rounds to train, and parts to measure."""
-        parts = len(self.measure.rounds) + 1 if self.measure.points else 0
-        return int(self.settings["num-server-rounds"]) + parts
+        """Rounds to train, and measurements to make."""
+        return int(self.settings["num-server-rounds"]) + self.measure.steps
 
 
 def rank(
@@ -127,9 +128,9 @@ def _of_run(path: Path, output_dir: StrPath | None, console: Console) -> Analysi
         raise ConfigError(f"{run.path} has no settings in its manifest: a run of `fedloru run` has")
     config = RunConfig.from_mapping(settings)
     label = {"training": config.algorithm, "label": config.algorithm, "seed": config.seed}
-    rows = [{**label, **row} for row in ledger_rows(Subject.of(config), run.path)]
+    rows = [{**label, **row} for row in ledger_rows(Trained.of_run(run.path))]
     if not rows:
-        raise ConfigError(f"{run.path} has no ledger: {config.algorithm} trains no factors, or no checkpoint is left")
+        raise ConfigError(f"{run.path} has no ledger: {config.algorithm} trains no factors; see `fedloru report`")
     directory = run.path / "rank" if output_dir is None else Path(output_dir).expanduser().absolute()
     directory.mkdir(parents=True, exist_ok=True)
     return _leave(f"Rank of {run.path.name}", (config.seed,), rows, directory, (), console)
@@ -146,7 +147,7 @@ def _rows(unit: _Unit) -> list[dict[str, Any]]:
     label = {"training": unit.training.name, "label": unit.training.label, "seed": unit.seed}
     return [
         {**label, **({"round": int(part)} if part.isdigit() else {}), **row}
-        for part, rows in UnitFiles(unit.directory).measures().items()
+        for (part, _), rows in UnitFiles(unit.directory).measures().items()
         for row in rows
     ]
 

@@ -115,6 +115,11 @@ class LossHessian:
         """``N``, the number of samples."""
         return len(self._targets)
 
+    @property
+    def points_at_once(self) -> int:
+        """Samples in a chunk; 0 before the first product or gradient."""
+        return self._chunk
+
     def restricted(self, keys: Sequence[str]) -> "LossHessian":
         """The diagonal block of ``H`` that belongs to some of the values, at the same point on the same samples."""
         block = LossHessian(

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from fedloru_flwr.compare.drawing import picture_name
 from fedloru_flwr.compare.spec import Values
 from fedloru_flwr.config import ConfigError, RunConfig, name_to_key, read_toml
+from fedloru_flwr.rank.operators import MAX_BYTES
 from fedloru_flwr.registry import ALGORITHMS
 from fedloru_flwr.suggest import did_you_mean
 from fedloru_flwr.workload import check_init_adapter
@@ -36,6 +37,7 @@ class Measure:
         layers: measure each layer's block of the Hessian too, on the samples.
         tolerance: relative standard error of the Hessian's squared Frobenius norm.
         threads: torch's, while measuring.
+        max_bytes: about how much memory the graph of a product with the Hessian may take; see `LossHessian`.
     """
 
     rounds: tuple[int, ...]
@@ -47,6 +49,22 @@ class Measure:
     layers: bool = True
     tolerance: float = 0.02
     threads: int = 1
+    max_bytes: int = MAX_BYTES
+
+    @property
+    def samples(self) -> tuple[tuple[int, int], ...]:
+        """Size and number of every sample."""
+        smaller = ((points, draw) for points in self.points[:-1] for draw in range(self.draws))
+        return (*smaller, *((points, 0) for points in self.points[-1:]))
+
+    @property
+    def steps(self) -> int:
+        """How many measurements that makes, each of which is saved by itself; the last is the ledger's."""
+        if not self.points:
+            return 0
+        hessians = (len(self.samples) + self.clients) * len(self.spaces)
+        similarities = 2 if self.clients else 0
+        return len(self.rounds) * (hessians + similarities + 1) + 1
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> Self:
@@ -216,11 +234,11 @@ class _Reader:
         for key, low in (("rounds", 0), ("points", 1), ("ranks", 1)):
             if key in content:
                 values[key] = tuple(sorted(self._integers("measure", key, content[key], low=low)))
-        for key, low in (("draws", 1), ("clients", 0), ("threads", 1)):
+        for key, low in (("draws", 1), ("clients", 0), ("threads", 1), ("max-bytes", 1)):
             if key in content:
                 if type(content[key]) is not int or content[key] < low:
                     raise self._fault("measure", f"{key} = {content[key]!r} must be a whole number from {low} on")
-                values[key] = content[key]
+                values[key.replace("-", "_")] = content[key]
         if "spaces" in content:
             spaces = content["spaces"]
             if not isinstance(spaces, list) or not spaces or any(one not in SPACES for one in spaces):

@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fedloru_flwr.rank.unit import LEDGER
+from fedloru_flwr.rank.learned import LEDGER
 
 Row = Mapping[str, Any]
 NONE = "\u2013"
 ALL_ROUNDS = "all"
+RESTARTED = "\u2020"  # marks rounds after which the factors are fresh
 # Student's t for 95 % and 1, 2, ... degrees of freedom; beyond the table it is taken as the last.
 _T95_TO_15 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131)
 _T95_TO_30 = (2.12, 2.11, 2.101, 2.093, 2.086, 2.08, 2.074, 2.069, 2.064, 2.06, 2.056, 2.052, 2.048, 2.045, 2.042)
 _T95 = _T95_TO_15 + _T95_TO_30
 _SPACE_NAMES = {"full": "all parameters", "adapter": "factors"}
-_LEADING = ("training", "label", "seed", "round", "kind", "of", "points", "number", "space", "layer", "rank", "entry")
+_LEADING = ("training", "label", "seed", "round", "after_restart", "kind", "of", "points", "number", "space", "layer")
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,24 @@ class Interval:
 
 @dataclass(frozen=True)
 class Claim:
-    """Client against server: stable ranks of nested samples, paired by seed (and round).
+    """Client against server: stable ranks on few samples and on many, paired by seed (and round).
 
     Attributes:
+        of: what the few are: ``sample``, drawn from the many, or ``client``, clients' own samples.
         training: the training's label.
         space: ``full`` or ``adapter``.
         layer: ``""`` for the whole.
         server_round: the round, or `ALL_ROUNDS`.
-        points: the sizes of the small samples and of the whole.
+        points: the sizes of the small samples, of clients' own their mean, and of the whole.
         small: stable rank on the small samples, by seed.
         whole: on the whole one, by seed.
         ratio: geometric mean of small over whole, over the seeds; over all rounds each seed counts once.
-        larger: in how many of ``pairs`` (seed, round, draw) the small sample's was larger.
+        larger: in how many of ``pairs`` (seed, round, draw or client) the small sample's was larger.
         pairs: how many there are.
         left_out: pairs beside these that have no ratio, since one of the two Hessians is zero.
     """
 
+    of: str
     training: str
     space: str
     layer: str
@@ -95,42 +98,59 @@ class Claim:
 
 
 def claims(rows: Iterable[Row], layer: str = "") -> list[Claim]:
-    """Every small sample size against the whole, by training and space: at each round, and over all."""
-    found: dict[tuple[str, str], dict[int, dict[tuple[int, int], list[float]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
-    for row in rows:
-        if row["kind"] == "hessian" and row["of"] == "sample" and row["layer"] == layer:
-            found[row["label"], row["space"]][row["points"]][row["seed"], row["round"]].append(row["stable_rank"])
+    """Every small sample size, and clients' own samples, against the whole: at each round, and over all.
+
+    Args:
+        rows: all of them.
+        layer: whose diagonal block; ``""`` for the whole Hessian.
+    """
+    whole: dict[tuple[str, str], dict[tuple[int, int], _Size]] = defaultdict(dict)
+    found: dict[tuple[str, str], dict[tuple[str, int], list[_Size]]] = defaultdict(lambda: defaultdict(list))
+    measured = [row for row in rows if row["kind"] == "hessian" and row["layer"] == layer]
+    most = max((row["points"] for row in measured if row["of"] == "sample"), default=0)
+    for row in measured:
+        place, at = (row["label"], row["space"]), (row["seed"], row["round"])
+        one = _Size(*at, row["points"], row["stable_rank"])
+        if row["of"] == "sample" and row["points"] == most:
+            whole[place][at] = one
+        else:
+            found[place][row["of"], row["points"] if row["of"] == "sample" else 0].append(one)
     made = []
-    for (training, space), by_points in found.items():
-        most = max(by_points)
-        whole = {key: values[0] for key, values in by_points[most].items()}
-        for points in sorted(by_points):
-            if points == most:
-                continue
+    for (training, space), groups in found.items():
+        there = whole[training, space]
+        for of, size in sorted(groups, key=lambda group: (group[0] != "sample", group[1])):
             pairs = [
-                _Pair(*key, one, whole[key]) for key, own in by_points[points].items() if key in whole for one in own
+                _Pair(one.seed, one.server_round, one.points, one.stable_rank, there[one.seed, one.server_round][-1])
+                for one in groups[of, size]
+                if (one.seed, one.server_round) in there
             ]
             rounds: list[int | str] = [*sorted({pair.server_round for pair in pairs}), ALL_ROUNDS]
-            for at in rounds:
-                chosen = [pair for pair in pairs if at in (ALL_ROUNDS, pair.server_round)]
-                made.append(_claim(training, space, layer, at, (points, most), chosen))
+            for at_round in rounds if pairs else []:
+                chosen = [pair for pair in pairs if at_round in (ALL_ROUNDS, pair.server_round)]
+                made.append(_claim(of, training, space, layer, at_round, most, chosen))
     return made
 
 
-class _Pair(NamedTuple):
-    """A small sample and the whole that it is part of."""
+class _Size(NamedTuple):
+    """A stable rank on so many points."""
 
     seed: int
     server_round: int
+    points: int
+    stable_rank: float
+
+
+class _Pair(NamedTuple):
+    """A small sample and the whole."""
+
+    seed: int
+    server_round: int
+    points: int
     small: float
     whole: float
 
 
-def _claim(
-    training: str, space: str, layer: str, at: int | str, points: tuple[int, int], pairs: Sequence[_Pair]
-) -> Claim:
+def _claim(of: str, training: str, space: str, layer: str, at: int | str, most: int, pairs: Sequence[_Pair]) -> Claim:
     by_seed: dict[int, list[_Pair]] = defaultdict(list)
     for pair in pairs:
         if pair.small > 0 and pair.whole > 0:
@@ -140,11 +160,12 @@ def _claim(
         [statistics.fmean([math.log(pair.small / pair.whole) for pair in own]) for own in by_seed.values()]
     )
     return Claim(
+        of=of,
         training=training,
         space=space,
         layer=layer,
         server_round=at,
-        points=points,
+        points=(round(statistics.fmean([pair.points for pair in pairs])), most),
         small=[statistics.fmean([pair.small for pair in own]) for own in by_seed.values()],
         whole=[statistics.fmean([pair.whole for pair in own]) for own in by_seed.values()],
         ratio=None if ratio is None else ratio.mapped(math.exp),
@@ -157,9 +178,8 @@ def _claim(
 def verdict(claim: Claim) -> str:
     """What a claim's numbers say, in a sentence."""
     small, whole = claim.points
-    told = (
-        f"{claim.training}, {_SPACE_NAMES[claim.space]}: n = {small} has the larger stable rank in {claim.larger} of "
-    )
+    few = f"n = {small} has" if claim.of == "sample" else f"clients' own samples (n = {small} on average) have"
+    told = f"{claim.training}, {_SPACE_NAMES[claim.space]}: {few} the larger stable rank in {claim.larger} of "
     told += f"{claim.pairs} pairs with n = {whole}"
     told += f" ({claim.told_left_out})" if claim.left_out else ""
     if claim.ratio is None:
@@ -188,7 +208,7 @@ def markdown(title: str, seeds: Sequence[int], rows: Sequence[Row], failures: Se
 
 def as_csv(rows: Sequence[Row]) -> str:
     """Every measurement, one a line, with the numbers in full; what does not belong to a kind is empty."""
-    columns = dict.fromkeys(_LEADING)
+    columns = dict.fromkeys((*_LEADING, "rank", "entry"))
     for row in rows:
         columns |= dict.fromkeys(row)
     buffer = io.StringIO()
@@ -200,51 +220,37 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def _stable_ranks(rows: Sequence[Row], whole: Sequence[Claim]) -> str:
-    clients: dict[tuple[str, str, int | str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["kind"] == "hessian" and row["of"] == "client" and not row["layer"]:
-            for at in (row["round"], ALL_ROUNDS):
-                clients[row["label"], row["space"], at][row["seed"]].append(row["stable_rank"])
-    lines = []
-    for claim in whole:
-        own = clients.get((claim.training, claim.space, claim.server_round), {})
-        lines.append(
-            [
-                claim.training,
-                _SPACE_NAMES[claim.space],
-                str(claim.server_round),
-                f"{claim.points[0]}",
-                _spread(claim.small),
-                _spread(claim.whole),
-                claim.ratio.shown() if claim.ratio else NONE,
-                _larger(claim),
-                _clients(list(own.values())),
-            ]
-        )
+    restarted = {(row["label"], row["round"]) for row in rows if row.get("after_restart")}
+    lines = [
+        [
+            claim.training,
+            _SPACE_NAMES[claim.space],
+            f"{claim.server_round}{f' {RESTARTED}' * ((claim.training, claim.server_round) in restarted)}",
+            f"{claim.points[0]}" if claim.of == "sample" else f"clients' ({claim.points[0]})",
+            _spread(claim.small),
+            _spread(claim.whole),
+            claim.ratio.shown() if claim.ratio else NONE,
+            _larger(claim),
+        ]
+        for claim in whole
+    ]
     odd = sum(row["kind"] == "hessian" and not row["converged"] for row in rows)
     caption = (
-        "Stable rank of the loss Hessian, squared Frobenius norm over squared spectral norm, on nested samples: mean ± "
-        "sample standard deviation over the seeds. Ratio: geometric mean of small over whole, paired by seed, with its "
-        "95 % confidence interval; over all rounds, each seed counts once. Larger: pairs in which the small sample's "
-        "is. Clients: on clients' own training samples. A Hessian of zeros has no stable rank: it is left out, and "
-        f"counted where it is. {odd} of the measurements did not reach their tolerance."
+        "Stable rank of the loss Hessian, squared Frobenius norm over squared spectral norm, on few samples and on the "
+        "whole: mean ± sample standard deviation over the seeds. Ratio: geometric mean of small over whole, paired by "
+        "seed, with its 95 % confidence interval; over all rounds, each seed counts once. Larger: pairs in which the "
+        "small sample's is. Clients': on clients' own training samples, of which the mean number is in brackets. A "
+        "Hessian of zeros has no stable rank: it is left out, and counted where it is. "
+        + (f"{RESTARTED}: the factors are fresh, of product zero (B = 0). " if restarted else "")
+        + f"{odd} of the measurements did not reach their tolerance."
     )
-    heads = ["training", "of", "round", "n", "small", "whole", "ratio", "larger", "clients"]
+    heads = ["training", "of", "round", "n", "small", "whole", "ratio", "larger"]
     return _table("Stable rank, client against server", caption, heads, lines, texts=3)
 
 
 def _larger(claim: Claim) -> str:
     told = f"{claim.larger} of {claim.pairs}"
     return f"{told} ({claim.told_left_out})" if claim.left_out else told
-
-
-def _clients(by_seed: Sequence[Sequence[float]]) -> str:
-    """Mean over the seeds of the means over clients, without the Hessians of zeros."""
-    there = [[value for value in own if value > 0] for own in by_seed]
-    told = _spread([statistics.fmean(own) for own in there if own])
-    count = sum(map(len, by_seed))
-    zeros = count - sum(map(len, there))
-    return f"{told} ({zeros} of {count} left out)" if zeros else told
 
 
 def _layers(rows: Sequence[Row]) -> str:

@@ -5,13 +5,14 @@
     <directory>/
       run/  snapshots/round-000010.safetensors  measures.jsonl
 
-Whatever is there is kept, so that an interrupted unit goes on where it was.
+A line of measures.jsonl is one measurement: of a sample or a client, at one round, in one space. Whatever is there is
+kept, so that an interrupted unit goes on where it was.
 """
 
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,25 @@ from fedloru_flwr.clients.training import choose_device
 from fedloru_flwr.config import ConfigError, RunConfig
 from fedloru_flwr.data import ClientData, Samples, load_client
 from fedloru_flwr.engines.in_process import run_in_process
+from fedloru_flwr.export import Trained
 from fedloru_flwr.job import Job, build_strategy
 from fedloru_flwr.lowrank import FactorisedLayer, Ledger, as_pair, choose, derive_seed
-from fedloru_flwr.lowrank.factors import has_product
+from fedloru_flwr.lowrank.factors import has_product, product
 from fedloru_flwr.models import AdapterPlan, plan_adapter
 from fedloru_flwr.models.functional import FunctionalModel
 from fedloru_flwr.rank.advice import Evidence, evidence_of
+from fedloru_flwr.rank.learned import LEDGER, ledger_rows
 from fedloru_flwr.rank.operators import LossHessian, adapter_hessian, module_hessian
-from fedloru_flwr.rank.products import ledger_ranks, matrix_rank
+from fedloru_flwr.rank.products import matrix_rank
 from fedloru_flwr.rank.similarity import Similarity, pair_similarities, similarities
-from fedloru_flwr.rank.spec import Measure
+from fedloru_flwr.rank.spec import Measure, Space
 from fedloru_flwr.rank.spectra import stable_ranks
 from fedloru_flwr.runs import RunDirectory
 from fedloru_flwr.strategies import FederatedStrategy
-from fedloru_flwr.strategies.state import ServerState, merged_state_dict, state_from_checkpoint
+from fedloru_flwr.strategies.state import ServerState, merged_state_dict
 from fedloru_flwr.workload import data_config, local_optimisation, network_factory, server_data
 
 Row = dict[str, Any]
-LEDGER = "ledger"  # the part of a unit's measures that is of the whole run
 _ROUNDS_COMPARED = 4  # of a pilot
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 _TELLING = "plain"  # the clients' method whose training can be carried out apart from a run
@@ -65,16 +67,17 @@ class UnitFiles:
         """The server's state after a round."""
         return self.directory / "snapshots" / f"round-{server_round:06d}.safetensors"
 
-    def measures(self) -> dict[str, list[Row]]:
-        """What has been measured, by part: a round's number, or `LEDGER`."""
-        return {line["part"]: line["rows"] for line in atomic.read_lines(self.directory / "measures.jsonl")}
+    def measures(self) -> dict[tuple[str, str], list[Row]]:
+        """What has been measured, by part (a round's number, or ``ledger``) and step."""
+        lines = atomic.read_lines(self.directory / "measures.jsonl")
+        return {(line["part"], line["step"]): line["rows"] for line in lines}
 
-    def add(self, part: str, rows: Sequence[Row]) -> None:
-        """Write down what has been measured of a part."""
-        atomic.append_line(self.directory / "measures.jsonl", {"part": part, "rows": rows})
+    def add(self, part: str, step: str, rows: Sequence[Row]) -> None:
+        """Write down one measurement."""
+        atomic.append_line(self.directory / "measures.jsonl", {"part": part, "step": step, "rows": rows})
 
     def progress(self) -> int:
-        """Rounds trained and parts measured so far."""
+        """Rounds trained and measurements made so far."""
         total = 0
         for path in (self.run / "metrics.jsonl", self.directory / "measures.jsonl"):
             if path.exists():
@@ -84,7 +87,7 @@ class UnitFiles:
 
 def carry_out(
     settings: Mapping[str, Any], clients: Mapping[str, Any], measure: Measure, directory: Path
-) -> dict[str, list[Row]]:
+) -> dict[tuple[str, str], list[Row]]:
     """Train and measure, or go on with that.
 
     Args:
@@ -100,9 +103,9 @@ def carry_out(
         ConfigError: there are fewer samples than are asked for.
     """
     files = UnitFiles(directory)
-    parts = [*(str(server_round) for server_round in measure.rounds), LEDGER]
-    if measure.points and all(part in files.measures() for part in parts):
-        return files.measures()
+    done = files.measures()
+    if measure.points and len(done) == measure.steps:
+        return done
     config = RunConfig.from_mapping(settings)
     people = _people(RunConfig.from_mapping(clients), measure) if measure.points else None
     train(config, files, measure.rounds)
@@ -110,14 +113,13 @@ def carry_out(
         return {}
     torch.set_num_threads(measure.threads)
     subject = Subject.of(config)
-    for part in parts:
-        if part not in files.measures():
-            rows = (
-                ledger_rows(subject, files.run)
-                if part == LEDGER
-                else list(_measured(subject, read_snapshot(files.snapshot(int(part))), people, measure))
-            )
-            files.add(part, rows)
+    for server_round in measure.rounds:
+        part = str(server_round)
+        for step, rows in _Round(subject, files.snapshot(server_round), people, measure).steps():
+            if (part, step) not in done:
+                files.add(part, step, list(rows()))
+    if (LEDGER, LEDGER) not in done:
+        files.add(LEDGER, LEDGER, ledger_rows(Trained.of_run(files.run)))
     return files.measures()
 
 
@@ -238,6 +240,12 @@ class Subject:
         """Everything else."""
         return {**state.base, **state.statistics}
 
+    def restarted(self, state: ServerState) -> bool:
+        """Whether the factors are fresh, of product zero: at the start, and right after an accumulation with reset."""
+        adapter = self.plan.whole(state.trainables, self.config.seed, state.draw)
+        layers = [layer for layer in self.plan.adapted if has_product(layer, adapter)]
+        return bool(layers) and not any(bool(product(layer, adapter).any()) for layer in layers)
+
     def _function(self) -> FunctionalModel:
         return FunctionalModel(self.factory(), self.plan.adapted, self.plan.layout(), self.plan.dense_leaves)
 
@@ -320,11 +328,8 @@ def _people(config: RunConfig, measure: Measure) -> _People:
         )
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(derive_seed(config.seed, "rank samples")))
     found = {
-        (points, draw): pool.subset(order[draw * points : (draw + 1) * points])
-        for points in measure.points[:-1]
-        for draw in range(measure.draws)
+        (points, draw): pool.subset(order[draw * points : (draw + 1) * points]) for points, draw in measure.samples
     }
-    found[most, 0] = pool.subset(order[:most])
     chosen = choose(
         config.seed, "rank clients", items=[str(number) for number in range(config.num_clients)], count=measure.clients
     )
@@ -336,122 +341,105 @@ def _joined(everyone: Sequence[ClientData]) -> Samples:
     return Samples(torch.cat([one.train.inputs for one in everyone]), torch.cat([one.train.labels for one in everyone]))
 
 
-def _measured(subject: Subject, state: ServerState, people: _People, measure: Measure) -> Iterator[Row]:
-    """All rows of one round."""
-    device = choose_device(subject.config.device)
-    model = subject.model(state)
-    for (points, number), samples in people.samples.items():
-        what = {"of": "sample", "points": points, "number": number}
-        yield from _hessian_rows(subject, state, model, samples, measure, what, device)
-    for client, samples in people.clients.items():
-        what = {"of": "client", "points": len(samples), "number": int(client)}
-        yield from _hessian_rows(subject, state, model, samples, measure, what, device)
-    if len(people.clients) > 1:
-        gradients = [
-            {key: value.cpu() for key, value in _of_module(model, samples, device).gradient().items()}
-            for samples in people.clients.values()
-        ]
-        yield from _similarity_rows("gradients", similarities(gradients, measure.ranks))
-        trained = subject.locally_trained(state, people.clients)
-        if trained is not None:
-            yield from _similarity_rows("updates", subject.changes(state, trained).compared(measure.ranks))
-    start = subject.factory().state_dict()
-    for name, value in model.named_parameters():
-        if value.dim() >= 2:
-            found = matrix_rank(value.detach().double() - start[name].double())
-            yield {"kind": "weights", "layer": name, **_without_values(asdict(found))}
+@dataclass(frozen=True)
+class _Round:
+    """What is measured of a round that was kept; it is read when the first step needs it."""
 
+    subject: Subject
+    path: Path
+    people: _People
+    measure: Measure
 
-def _hessian_rows(
-    subject: Subject,
-    state: ServerState,
-    model: nn.Module,
-    samples: Samples,
-    measure: Measure,
-    what: Mapping[str, Any],
-    device: torch.device,
-) -> Iterator[Row]:
-    seed = derive_seed(subject.config.seed, "rank", state.server_round, *what.values())
-    for space in measure.spaces:
-        hessian = (
-            _of_module(model, samples, device) if space == "full" else _of_adapter(subject, state, samples, device)
-        )
+    def steps(self) -> Iterator[tuple[str, Callable[[], Iterable[Row]]]]:
+        """Every measurement: a name, the same each time, and a function that gives its rows."""
+        people, measure = self.people, self.measure
+        for (points, number), samples in people.samples.items():
+            what = {"of": "sample", "points": points, "number": number}
+            for space in measure.spaces:
+                yield f"sample {points} {number} {space}", partial(self._hessian, samples, what, space)
+        for client, samples in people.clients.items():
+            what = {"of": "client", "points": len(samples), "number": int(client)}
+            for space in measure.spaces:
+                yield f"client {client} {space}", partial(self._hessian, samples, what, space)
+        if people.clients:
+            yield "gradients", self._gradients
+            yield "updates", self._updates
+        yield "weights", self._weights
+
+    @cached_property
+    def _state(self) -> ServerState:
+        return read_snapshot(self.path)
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        return self.subject.model(self._state)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return choose_device(self.subject.config.device)
+
+    def _row(self, kind: str, **values: Any) -> Row:
+        return {"kind": kind, "after_restart": self._restarted, **values}
+
+    @cached_property
+    def _restarted(self) -> bool:
+        return self.subject.restarted(self._state)
+
+    def _hessian(self, samples: Samples, what: Mapping[str, Any], space: Space) -> Iterator[Row]:
+        hessian = self._of_module(samples) if space == "full" else self._of_adapter(samples)
         if hessian is None:
-            continue
-        layers = measure.layers and what["of"] == "sample"
-        found = stable_ranks(hessian, layers=layers, tolerance=measure.tolerance, seed=seed)
+            return
+        found = stable_ranks(
+            hessian,
+            layers=self.measure.layers and what["of"] == "sample",
+            tolerance=self.measure.tolerance,
+            seed=derive_seed(self.subject.config.seed, "rank", self._state.server_round, *what.values()),
+        )
         for layer, spectrum in found.items():
-            yield {"kind": "hessian", **what, "space": space, "layer": layer, **asdict(spectrum)}
+            yield self._row("hessian", **what, space=space, layer=layer, **asdict(spectrum))
 
+    def _of_module(self, samples: Samples) -> LossHessian:
+        inputs, labels, most = samples.inputs, samples.labels, self.measure.max_bytes
+        return module_hessian(self._model, inputs, labels, device=self._device, max_bytes=most)
 
-def _of_module(model: nn.Module, samples: Samples, device: torch.device) -> LossHessian:
-    return module_hessian(model, samples.inputs, samples.labels, device=device)
+    def _of_adapter(self, samples: Samples) -> LossHessian | None:
+        subject, values = self.subject, self.subject.values(self._state)
+        if not subject.plan.adapted or values is None:
+            return None
+        return adapter_hessian(
+            subject.factory(),
+            subject.plan,
+            values,
+            subject.base(self._state),
+            samples.inputs,
+            samples.labels,
+            device=self._device,
+            max_bytes=self.measure.max_bytes,
+        )
 
+    def _gradients(self) -> Iterator[Row]:
+        gradients = [
+            {key: value.cpu() for key, value in self._of_module(samples).gradient().items()}
+            for samples in self.people.clients.values()
+        ]
+        yield from self._similarity("gradients", similarities(gradients, self.measure.ranks))
 
-def _of_adapter(subject: Subject, state: ServerState, samples: Samples, device: torch.device) -> LossHessian | None:
-    values = subject.values(state)
-    if not subject.plan.adapted or values is None:
-        return None
-    return adapter_hessian(
-        subject.factory(), subject.plan, values, subject.base(state), samples.inputs, samples.labels, device=device
-    )
+    def _updates(self) -> Iterator[Row]:
+        trained = self.subject.locally_trained(self._state, self.people.clients)
+        if trained is not None:
+            changes = self.subject.changes(self._state, trained)
+            yield from self._similarity("updates", changes.compared(self.measure.ranks))
 
+    def _similarity(self, what: str, found: Mapping[tuple[str, int], Similarity]) -> Iterator[Row]:
+        for (layer, rank), one in found.items():
+            yield self._row("similarity", of=what, layer=layer, rank=rank, **asdict(one))
 
-def _similarity_rows(what: str, found: Mapping[tuple[str, int], Similarity]) -> Iterator[Row]:
-    for (layer, rank), one in found.items():
-        yield {"kind": "similarity", "of": what, "layer": layer, "rank": rank, **asdict(one)}
-
-
-def ledger_rows(subject: Subject, run: str | os.PathLike[str]) -> list[Row]:
-    """What each accumulation of a run added in each layer, with the rounds' aggregation error beside it.
-
-    The factors that have not been accumulated yet are the last entry, of the run's last round. A run without a ledger
-    has no rows.
-
-    Args:
-        subject: of the run's settings.
-        run: its directory.
-    """
-    directory = RunDirectory.open(run)
-    checkpoint = directory.latest_checkpoint()
-    if checkpoint is None or not subject.plan.adapted:
-        return []
-    strategy, seed = subject.strategy, subject.config.seed
-    state = state_from_checkpoint(checkpoint, strategy.state.base, subject.plan, seed)
-    entries = [(subject.plan.whole(one.adapter, seed, one.draw), one.scale) for one in state.ledger.entries]
-    rows = directory.read_rounds()
-    ends = _rounds_of_entries(rows, len(entries))
-    pending = subject.plan.whole(state.trainables, seed, state.draw)
-    if not entries or ends[-1] < state.server_round:
-        entries.append((pending, subject.plan.scale))
-        ends.append(state.server_round)
-    found = []
-    for layer in subject.plan.adapted:
-        at = [end for (adapter, _), end in zip(entries, ends, strict=True) if has_product(layer, adapter)]
-        for index, share in enumerate(ledger_ranks(layer, entries)):
-            since = at[index - 1] if index else 0
-            row = {"kind": LEDGER, "layer": layer.weight_key, "entry": index + 1, "round": at[index]}
-            row |= {key: value for key, value in asdict(share).items() if key != "total"}
-            row |= {f"total_{key}": value for key, value in _without_values(asdict(share.total)).items()}
-            found.append({**row, "aggregation_error": _mean_error(rows, layer.name, since, at[index])})
-    return found
-
-
-def _rounds_of_entries(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
-    """The round of each entry: that in which the ledger's version reached it."""
-    ends: list[int] = []
-    for row in rows:
-        ends += [row["round"]] * (row["ledger_version"] - len(ends))
-    return (ends + [ends[-1] if ends else 0] * count)[:count]
-
-
-def _mean_error(rows: Sequence[Mapping[str, Any]], layer: str, since: int, until: int) -> float | None:
-    errors = [
-        row["aggregation_error"][layer]
-        for row in rows
-        if since < row["round"] <= until and layer in (row.get("aggregation_error") or {})
-    ]
-    return sum(errors) / len(errors) if errors else None
+    def _weights(self) -> Iterator[Row]:
+        start = self.subject.factory().state_dict()
+        for name, value in self._model.named_parameters():
+            if value.dim() >= 2:
+                found = matrix_rank(value.detach().double() - start[name].double())
+                yield self._row("weights", layer=name, **_without_values(asdict(found)))
 
 
 def _without_values(row: Row) -> Row:

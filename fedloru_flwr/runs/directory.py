@@ -4,13 +4,15 @@
 
     <output-dir>/latest -> <run-name>
     <output-dir>/<run-name>/
-      manifest.json  metrics.jsonl  summary.json  model.safetensors  curves.png  samples.jsonl
+      manifest.json  metrics.jsonl  summary.json  model.safetensors  curves.png  samples.jsonl  rank.csv
       checkpoints/round-000010.safetensors  checkpoints/parts/
 """
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -193,6 +195,27 @@ class RunDirectory:
     def read_answers(self) -> list[dict[str, Any]]:
         """Return the rows of ``samples.jsonl``: what a language model said before and after training."""
         return atomic.read_lines(self.path / "samples.jsonl")
+
+    def write_ranks(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write ``rank.csv``, the rank of what was learned: ``kind`` and ``layer``, else numbers."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{value:.8g}" if isinstance(value, float) else value for key, value in row.items()})
+        atomic.write_text(self.path / "rank.csv", buffer.getvalue())
+
+    def read_ranks(self) -> list[dict[str, Any]]:
+        """Return the rows of ``rank.csv``, without what is empty; none while nobody has had them written."""
+        path = self.path / "rank.csv"
+        if not path.is_file():
+            return []
+        with path.open(encoding="utf-8", newline="") as file:
+            return [
+                {key: value if key in ("kind", "layer") else float(value) for key, value in row.items() if value}
+                for row in csv.DictReader(file)
+            ]
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``, which has at least the keys of ``SUMMARY_KEYS``."""

@@ -56,6 +56,9 @@ def test_digits_from_configuration_to_report(tmp_path):
     assert by_method["fedloru"].choice["rank"] in (2, 4)
     assert [len(entry["counts"]) for entry in outcome.results.partitions] == [6]
     assert sum(sum(client) for client in outcome.results.partitions[0]["counts"]) == 1437
+    kinds = {name: {row["kind"] for row in by_method[name].runs[0].ranks} for name in ("fedloru", "fedavg")}
+    assert kinds == {"fedloru": {"ledger", "learned"}, "fedavg": {"learned"}}
+    assert len(list((tmp_path / "out").glob("runs/**/rank.csv"))) == 4, "of the runs that are judged, none of tuning"
     logs = list((tmp_path / "out" / "logs").glob("fedavg-seed-0-*.log"))
     assert "round 3/3" in logs[0].read_text()
     assert (tmp_path / "out" / "report.html").stat().st_size > 50_000

@@ -84,6 +84,7 @@ def start(conf, directory):
 def test_interrupted_twice_the_tables_are_those_of_an_uninterrupted_comparison(conf, tmp_path):
     whole = compare(conf, tmp_path / "whole", jobs=2)
     assert whole.failures == ()
+    assert "| fedavg, fc | 1.5 ± 0 |" in (tmp_path / "whole" / "table.md").read_text()
     cut = tmp_path / "cut"
 
     interrupted = start(conf, cut)

@@ -13,7 +13,7 @@ from fedloru_flwr.rank import command
 from fedloru_flwr.rank.advice import Evidence
 from fedloru_flwr.rank.command import _factorised, _pilot, rank
 from fedloru_flwr.rank.spec import parse_rank_spec, read_rank_spec
-from fedloru_flwr.rank.unit import carry_out
+from fedloru_flwr.rank.unit import UnitFiles, carry_out
 
 SETTINGS = """
 num-clients = 6
@@ -69,12 +69,20 @@ def test_an_analysis_measures_everything_and_goes_on_where_it_was(tmp_path):
     table = (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "charts" / "stable-rank-fedloru-adapter.svg").exists()
 
+    fresh = {(row["label"], row["round"]): row["after_restart"] for row in found.rows if row["kind"] == "weights"}
+    assert fresh == {("central", 0): False, ("central", 2): False, ("FedLoRU", 0): True, ("FedLoRU", 2): True}
+
     # What is lost is measured anew from what was kept, without training; the rest is taken as it is.
     (unit,) = (tmp_path / "out" / "units").glob("fedloru-*")
-    (unit / "measures.jsonl").unlink()
+    lines = (unit / "measures.jsonl").read_bytes().splitlines(keepends=True)
+    measure = read_rank_spec(conf).measure
+    assert len(lines) == measure.steps == 2 * ((2 + 3) * 2 + 3) + 1
+    assert UnitFiles(unit).progress() == 2 + measure.steps
+    (unit / "measures.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:-9])  # killed as it wrote the eighth
     before = (unit / "run" / "summary.json").stat().st_mtime_ns
     again = rank(conf, tmp_path / "out", jobs=1, console=quiet())
     assert (unit / "run" / "summary.json").stat().st_mtime_ns == before
+    assert (unit / "measures.jsonl").read_bytes() == b"".join(lines)
     assert again.rows == found.rows
     assert (tmp_path / "out" / "table.md").read_text() == table
 

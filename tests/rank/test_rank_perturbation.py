@@ -1,6 +1,8 @@
 """The random-matrix simulation against closed forms in special cases."""
 
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,3 +143,21 @@ def test_sizes_that_make_no_sense_are_refused():
         simulate(population, [10, 5])
     with pytest.raises(ValueError, match="repeats must be at least 2"):
         simulate(population, [5, 10], repeats=1)
+
+
+def test_the_example_leaves_tables_and_pictures_that_hold_the_limits(tmp_path, monkeypatch):
+    path = Path(__file__).parents[2] / "examples" / "rank" / "random_matrices.py"
+    example = runpy.run_path(str(path))
+    monkeypatch.setitem(example["show"].__globals__, "SIZE", 60)
+    monkeypatch.setitem(example["show"].__globals__, "POINTS", (20, 400))
+    for _ in range(2):  # a second run starts anew
+        example["main"](tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert text.count("## ") == 3
+    additive = text.split("## ")[1].splitlines()
+    wanted = limit(Population(60, (5.0, 3.0, 2.0), sigma=10.0), 20)
+    cells = [cell.strip() for cell in additive[4].strip("|").split("|")]
+    assert (cells[0], cells[2], cells[4]) == ("20", f"{wanted.stable_rank:.2f}", f"{wanted.largest:.3f}")
+    titles = ("additive-noise", "sample-covariance", "sample-covariance-with-outliers")
+    names = {f"{title}-{what}.svg" for title in titles for what in ("stable-rank", "spectra")}
+    assert {file.name for file in tmp_path.iterdir()} == {"table.md", *names}

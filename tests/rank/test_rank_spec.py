@@ -26,6 +26,7 @@ def test_trainings_take_the_common_settings_and_clients_are_those_of_the_common_
     assert spec.clients(0)["num-clients"] == 8
     assert spec.measure.points == (50, 500)
     assert spec.measure.spaces == ("full", "adapter")
+    assert parse_rank_spec(changed("measure", max_bytes=123), "some", "some.toml").measure.max_bytes == 123
 
 
 def test_a_flat_conf_is_an_analysis_of_its_run():
@@ -55,6 +56,7 @@ def changed(table, **values):
         (changed("measure", spaces=["half"]), "must list some of full, adapter"),
         (changed("measure", tolerance=2), "between 0 and 1"),
         (changed("measure", layers=1), "true or false"),
+        (changed("measure", max_bytes=0), "max-bytes = 0 must be a whole number from 1 on"),
         (changed("settings", seed=1), "the analysis chooses it"),
         (changed("settings", rnak=1), "unknown key 'rnak'; did you mean 'rank'"),
         (changed("settings", dataset="clients", input_shape="1,8,8", num_classes=10), "needs the data here"),

@@ -63,8 +63,42 @@ def test_a_hessian_of_zeros_is_left_out_by_itself_and_counted():
     assert verdict(found[5]).endswith("(1 of 1 left out: its Hessian is zero); there is nothing to compare.")
     clients = [hessian(0, 0, 7, value, of="client", number=number) for number, value in ((3, 0.0), (4, 6.0))]
     text = markdown("Title", (0, 1), [*rows, *clients])
-    assert "| 2 of 2 (1 of 3 left out: its Hessian is zero) | 6 (1 of 2 left out) |" in text
-    assert "| 2 of 2 (2 of 4 left out: their Hessians are zero) | 6 (1 of 2 left out) |" in text
+    assert "| One | all parameters | 0 | 10 | 4 ± 0 | 2 ± 0 | 2 [2, 2] | 2 of 2 (1 of 3 left out: its Hess" in text
+    assert "| all | clients' (7) | 6 | 2 | 3 | 1 of 1 (1 of 2 left out: its Hessian is zero) |" in text
+
+
+def test_clients_own_samples_are_held_against_the_servers_whole_and_each_seed_counts_once():
+    clients = [
+        hessian(seed, 0, points, value, of="client", number=number)
+        for seed, values in ((0, (4.0, 1.0, 4.0)), (1, (4.0, 4.0, 4.0)))
+        for number, (points, value) in enumerate(zip((7, 9, 11), values, strict=True))
+    ]
+    whole = [hessian(seed, 0, 40, 2.0) for seed in (0, 1)]
+    (one, every) = claims([*clients, *whole, hessian(0, 5, 8, 3.0, of="client")])
+    assert (one.of, one.points, one.server_round, every.server_round) == ("client", (9, 40), 0, ALL_ROUNDS)
+    assert (every.larger, every.pairs) == (5, 6)
+    logs = [math.log(2 * 0.5 * 2) / 3, math.log(2)]
+    assert every.ratio.mean == pytest.approx(math.exp(sum(logs) / 2))
+    half = 12.706 * abs(logs[0] - logs[1]) / 2
+    assert every.ratio.high == pytest.approx(math.exp(sum(logs) / 2 + half))
+    told = "One, all parameters: clients' own samples (n = 9 on average) have the larger stable rank in 5 of 6 pairs"
+    assert verdict(every).startswith(told)
+    assert verdict(every).endswith(": undecided.")
+    assert claims(clients) == [], "nothing to hold them against"
+
+
+def test_rounds_after_which_the_factors_are_fresh_are_marked_everywhere():
+    rows = [{**row, "after_restart": row["round"] == 5} for row in ROWS]
+    text = markdown("Title", (0, 1, 2), rows)
+    assert "| One | all parameters | 0 | 10 |" in text
+    assert "| One | all parameters | 5 \u2020 | 10 |" in text
+    assert "\u2020: the factors are fresh, of product zero (B = 0)." in text
+    assert "\u2020" not in markdown("Title", (0, 1, 2), ROWS)
+    lines = list(csv.DictReader(io.StringIO(as_csv(rows))))
+    assert {line["round"]: line["after_restart"] for line in lines} == {"0": "False", "5": "True"}
+    (marked,), (plain,) = (list(files(of).values()) for of in (rows, ROWS))
+    assert marked != plain
+    assert marked.count(b"fill: #ffffff; stroke: #0072b2") == 1, "one hollow marker for each line"
 
 
 def similarity(seed, rank, mean):
