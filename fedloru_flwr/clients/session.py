@@ -307,13 +307,10 @@ class Contact:
     def _followed(self, follow: Follow) -> dict[str, Tensor]:
         """What this client holds of the Trainables at the end of its order's chain; else it asks for the whole."""
         host, store = self.host, self._store
-        held = store.holdings(follow.root, self.client).lineage or follow.root
         y = host.followed.get(follow.end) or store.base(follow.end)
-        if not follow.start:
-            y = y or self.order.tensors
-        elif held not in (follow.start, follow.end):  # of others of this machine, perhaps
-            self._answer("need-whole", "")
-        elif y is None:
+        if y is None and not follow.start:
+            y = self.order.tensors
+        if y is None:
             before = host.followed.get(follow.start) or store.base(follow.start)
             if before is None and follow.start == follow.root:
                 before = host.initial_trainables(follow.root)
@@ -322,8 +319,6 @@ class Contact:
             y = self._taken(follow, before)
         host.remember(follow.end, y)
         store.put_base(follow.end, y)
-        if held != follow.end:
-            store.set_holdings(follow.root, self.client, Holdings(follow.end, follow.end))
         return {key: y[key] for key in host.adapted.plan.trainable_keys if key in y}
 
     def _taken(self, follow: Follow, before: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -269,19 +269,21 @@ class Books:
         if self._run is not None:
             self._run.write_parts({entry.digest: entry.tensors() for entry in ledger.entries})
 
-    def checkpoint(self, now: Snapshot, settings: Mapping[str, Any]) -> None:
+    def checkpoint(self, now: Snapshot, settings: Mapping[str, Any], *, is_due: bool = True) -> None:
         """Write what the run needs to go on.
 
         Args:
             now: everything after a whole round.
             settings: what a continued run must share.
+            is_due: a run that nothing interrupts writes one here too. What clients are told to keep follows from those
+                alone, so that a continued run tells them the same.
         """
         if self._run is None:
             return
         done = now.state.server_round
         tensors, saved, entries = state_to_checkpoint(now.state)
         earlier = self._counted_before[:-1] if self._saved_round == done else self._counted_before
-        before = [*earlier, dict(now.memory.counted)][-2:]
+        before = [*earlier, dict(now.memory.counted)][-2:] if is_due else self._counted_before
         results = {
             name: {str(key): dict(value) for key, value in getattr(self.result, name).items() if key <= done}
             for name in _RESULTS
@@ -292,7 +294,9 @@ class Books:
             {"settings": settings, **saved, "memory": now.memory.as_saved(), "counted_before": before, **results},
             entries,
         )
-        self._counted_before, self._saved_round = before, done
+        self._counted_before = before
+        if is_due:
+            self._saved_round = done
 
     def close(
         self, state: ServerState, model: Mapping[str, Tensor], full_bytes: tuple[int, int], facts: Mapping[str, Any]

@@ -489,7 +489,7 @@ class FederatedStrategy(Strategy):
             # Whatever happened in the middle of a round: what is left is the state after the last whole one.
             self._recall()
             if self.state.server_round > 0:
-                self.books.checkpoint(self._whole, self._fingerprint())
+                self.books.checkpoint(self._whole, self._fingerprint(), is_due=False)
             self._close_run("failed" if isinstance(error, Exception) else "interrupted", error)
             raise
         self._close_run("finished" if self.state.server_round >= num_rounds else "stopped")
