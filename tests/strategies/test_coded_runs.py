@@ -13,6 +13,7 @@ from toy_federation import (
     Mlp,
     WatchedGrid,
     client_app,
+    each_its_own,
     federate,
     own_instances,
     own_machines,
@@ -22,7 +23,6 @@ from toy_federation import (
 )
 
 from fedloru_flwr import wire
-from fedloru_flwr.clients import session
 from fedloru_flwr.coding import RESIDUAL, Follow, Parcel, Step, decode_update, encode_update
 from fedloru_flwr.lowrank import Codec, CodecError
 from fedloru_flwr.lowrank.ledger import CODED, as_tensor
@@ -376,9 +376,9 @@ def test_a_client_that_lost_its_disk_is_sent_the_whole_in_the_same_round(tmp_pat
     def lose(row):
         if row["round"] == 3:
             shutil.rmtree(tmp_path / "disks/2")
-            session._hosted.clear()
+            grid.actors.pop(1002)
 
-    grid = WatchedGrid(client_app(NET), 4, node_configs=own_machines(tmp_path / "disks", 4))
+    grid = WatchedGrid(client_app(NET), 4, node_configs=own_machines(tmp_path / "disks", 4), actor=each_its_own)
     grid.watch.at_end = lose
     strategy = make("fedavg", downlink_codec="topk:0.2+int8")
     federate(strategy, grid, 5)
