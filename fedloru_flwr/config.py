@@ -39,6 +39,7 @@ _FREE_WHEN_CONTINUED = (
     "max-failure-fraction",
     "aggregation-error",
     "max-total-bytes",
+    "target-accuracy",
     "track",
     "track-project",
 )
@@ -202,6 +203,12 @@ class RunConfig:
     resume: str = _setting("", "auto (the run named run-name, if it is there) or a run's directory")
     max_total_bytes: int = _setting(
         0, "stop after the round in which the run's bytes, up and down, reach so many; 0: no limit", low=0
+    )
+    target_accuracy: float = _setting(
+        0.0,
+        "stop after the round whose accuracy, the central one or else the clients', reaches this; 0: none",
+        low=0,
+        high=1,
     )
     uplink_codec: str = _setting(
         "float32",
@@ -394,6 +401,11 @@ class RunConfig:
             raise ConfigError(
                 f"accumulate-at = {self.accumulate_at!r} lists round {late[0]}, but the run has num-server-rounds = "
                 f"{self.num_server_rounds}"
+            )
+        if self.target_accuracy and self.dataset == "clients" and not self.fraction_evaluate:
+            raise ConfigError(
+                f"target-accuracy = {self.target_accuracy:g} needs an accuracy, and with dataset = 'clients' only "
+                "clients can tell one: give fraction-evaluate above 0"
             )
         if self.dataset == "clients" and self.pretrained:
             if not self.writes and not self.num_classes:

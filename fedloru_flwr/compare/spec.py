@@ -24,6 +24,7 @@ _OWN = {
     "seed": "the top-level key seeds says which seeds are run",
     "output-dir": "the comparison chooses where its runs go: use --output-dir",
     "run-name": "the comparison names its runs",
+    "target-accuracy": "runs go to their end; the top-level key says which accuracies are charged",
     "resume": "a comparison always continues what it finds",
 }
 _NAME = re.compile(r"[\w+.-]+(?: [\w+.-]+)*")

@@ -255,8 +255,14 @@ def plan(
         model_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         methods=tuple(methods),
         refused=refused,
-        assumptions=(*_ALWAYS, *subject.assumptions, *_unknown(activations)),
+        assumptions=(*_ALWAYS, *_of_settings(checked), *subject.assumptions, *_unknown(activations)),
     )
+
+
+def _of_settings(config: RunConfig) -> Iterator[str]:
+    """What depends on how training goes."""
+    if config.target_accuracy:
+        yield f"target-accuracy = {config.target_accuracy:g} is not reached: the round that reaches it ends the run"
 
 
 def _for_method(config: RunConfig, algorithm: str) -> tuple[dict[str, object], tuple[str, ...]]:

@@ -89,6 +89,7 @@ class CommonOptions(TypedDict, total=False):
     evaluate_all_at_end: bool
     measure_aggregation: bool
     max_total_bytes: int
+    target_accuracy: float
     uplink_codec: str
     downlink_codec: str
     error_feedback: bool | None
@@ -155,6 +156,7 @@ class FederatedStrategy(Strategy):
         measure_aggregation: note the aggregation error of every layer and round.
         max_total_bytes: the round in which all bytes of the run, up and down, reach this number is its last one, and
             the run's status is ``stopped``; 0: no limit.
+        target_accuracy: so is the round whose ``accuracy``, the central or else the clients', reaches this; 0: none.
         uplink_codec: of what clients send, see `CodecSchedule`: ``"int8"``, ``"topk:0.05+int4"``, or one that changes
             over the rounds, ``"int4, 100: int8"``.
         downlink_codec: of what the server sends and, but for ``topk``, of what it accumulates, which is coded once and
@@ -207,6 +209,7 @@ class FederatedStrategy(Strategy):
         evaluate_all_at_end: bool = False,
         measure_aggregation: bool = True,
         max_total_bytes: int = 0,
+        target_accuracy: float = 0.0,
         uplink_codec: str = "float32",
         downlink_codec: str = "float32",
         error_feedback: bool | None = None,
@@ -232,7 +235,11 @@ class FederatedStrategy(Strategy):
         for name, every in (("checkpoint_every", checkpoint_every), ("evaluate_every", evaluate_every)):
             if every < 1:
                 raise ValueError(f"{name} must be at least 1 round, got {every}")
-        for name, number in (("proximal_mu", proximal_mu), ("max_norm_ratio", max_norm_ratio)):
+        for name, number in (
+            ("proximal_mu", proximal_mu),
+            ("max_norm_ratio", max_norm_ratio),
+            ("target_accuracy", target_accuracy),
+        ):
             if not 0.0 <= number < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {number}")
         if max_total_bytes < 0:
@@ -270,6 +277,7 @@ class FederatedStrategy(Strategy):
         self.ranks = ranks or RankMap(None, settings.rank)
         self.proximal_mu = proximal_mu
         self.scaffold = scaffold
+        self.target_accuracy = target_accuracy
         self.uplink = CodecSchedule.parse(uplink_codec)
         self.downlink = CodecSchedule.parse(downlink_codec)
         can_feed_back = not self.uplink.is_exact and "feedback" not in self.refused
@@ -380,6 +388,11 @@ class FederatedStrategy(Strategy):
                 "are averaged without clipping and noise, and would tell of the clients' data; use GroupNorm instead "
                 "of BatchNorm"
             )
+        if self.target_accuracy and not self.has_global_model:
+            raise ValueError(
+                f"{type(self).__name__} cannot be combined with target_accuracy={self.target_accuracy:g}: it has no "
+                "global model whose accuracy could reach it"
+            )
         asked = {
             "inner": None if self.inner.is_plain() else f"inner={type(self.inner.strategy).__name__}",
             "scaffold": "scaffold=True" if self.scaffold else None,
@@ -472,6 +485,11 @@ class FederatedStrategy(Strategy):
         """
         if num_rounds < 1:
             raise ValueError(f"num_rounds must be at least 1, got {num_rounds}")
+        if self.target_accuracy and evaluate_fn is None and not self.fraction_evaluate:
+            raise ValueError(
+                f"target_accuracy={self.target_accuracy:g} needs an accuracy: give an evaluate_fn, or a "
+                "fraction_evaluate above 0"
+            )
         self._load_initial(initial_arrays)
         self.summary()
         if self._keeps_replies:
@@ -509,9 +527,9 @@ class FederatedStrategy(Strategy):
         if not any(self.schedule.due(t) for t in range(1, num_rounds + 1)) and self.schedule.accumulates:
             log(WARNING, "no accumulation falls into the %d rounds of this run", num_rounds)
         if self.state.server_round == 0 and evaluate_fn is not None and self.has_global_model:
-            self._record({"round": 0}, evaluate_fn, num_rounds, started)
-        if self._is_spent():
-            self._tell_spent()  # a run that is continued with the limit that has stopped it
+            self._record({"round": 0}, self._central(0, evaluate_fn), num_rounds, started)
+        if self._stop_reason():
+            self._tell_stop()  # a run that is continued with the limit that has stopped it
             return
         self._roster.wait(grid, self.num_clients, self._min_available, timeout)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
@@ -523,7 +541,8 @@ class FederatedStrategy(Strategy):
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
             result.arrays = wire.to_record(self.state.trainables)
-            last = server_round == num_rounds or self._is_spent()
+            central = self._central(server_round, evaluate_fn)
+            last = server_round == num_rounds or bool(self._stop_reason(_metric(central, "accuracy")))
             evaluated, clients = self._evaluate(grid, server_round, evaluate_config or ConfigRecord(), timeout, last)
             if evaluated is not None:
                 result.evaluate_metrics_clientapp[server_round] = evaluated
@@ -546,29 +565,28 @@ class FederatedStrategy(Strategy):
             if lost := [client for client, kept in exchange.good.items() if kept.reply.lost_state]:
                 row["states_lost"] = lost
                 log(WARNING, "round %d: these have lost what they kept of their own: %s", server_round, ", ".join(lost))
-            self._record(row, evaluate_fn, num_rounds, started, begun)
+            self._record(row, central, num_rounds, started, begun)
             self._remember()
             self._stop_if_too_many_failed(server_round, exchange)
-            ends = server_round == num_rounds or self._is_spent()
+            ends = server_round == num_rounds or bool(self._stop_reason())
             if server_round % self.checkpoint_every == 0 or ends or self._just_accumulated:
                 self.books.checkpoint(self._whole, self._fingerprint())
             if ends and server_round < num_rounds:
-                self._tell_spent()
+                self._tell_stop()
                 return
 
-    def _is_spent(self) -> bool:
-        """Whether the bill has reached its limit, with what this round has sent so far."""
+    def _stop_reason(self, accuracy: object = None) -> str:
+        """Why no round follows, with what this one has sent and, where it is known, its accuracy; empty: one may."""
         spent = self.books.total_bytes + self._bill.total("up") + self._bill.total("down")
-        return 0 < self.max_total_bytes <= spent
+        if 0 < self.max_total_bytes <= spent:
+            return f"max-total-bytes = {self.max_total_bytes}: {spent} bytes have been sent"
+        accuracy = self.books.accuracy if accuracy is None else accuracy
+        if isinstance(accuracy, int | float) and 0 < self.target_accuracy <= accuracy:
+            return f"target-accuracy = {self.target_accuracy:g}: the accuracy is {accuracy:g}"
+        return ""
 
-    def _tell_spent(self) -> None:
-        log(
-            INFO,
-            "stopped after round %d: %d bytes have been sent, max-total-bytes is %d",
-            self.state.server_round,
-            self.books.total_bytes,
-            self.max_total_bytes,
-        )
+    def _tell_stop(self) -> None:
+        log(INFO, "stopped after round %d: %s", self.state.server_round, self._stop_reason())
 
     # --- Flower's hooks, which only a foreign wrapper would call --------------------------------------------------
 
@@ -989,23 +1007,25 @@ class FederatedStrategy(Strategy):
         self.state, self._memory, moments = self._whole
         self.inner.write_state(moments, list(self.state.trainables))
 
+    def _central(self, server_round: int, evaluate_fn: EvaluateFunction | None) -> MetricRecord | None:
+        """What the server's own evaluation says."""
+        if evaluate_fn is None or not self.has_global_model:
+            return None
+        return evaluate_fn(server_round, wire.to_record(self.state.trainables))
+
     def _record(
         self,
         row: dict[str, Any],
-        evaluate_fn: EvaluateFunction | None,
+        central: MetricRecord | None,
         num_rounds: int,
         started: float,
         begun: float | None = None,
     ) -> None:
-        """Evaluate centrally, close the round's books and tell everybody."""
-        server_round = row["round"]
-        central = None
-        if evaluate_fn is not None and self.has_global_model:
-            central = evaluate_fn(server_round, wire.to_record(self.state.trainables))
+        """Close the round's books and tell everybody."""
         for name in ("accuracy", "loss"):
             row[name] = row.get(name) if central is None else central.get(name, row.get(name))
         if central is not None:
-            self.books.result.evaluate_metrics_serverapp[server_round] = central
+            self.books.result.evaluate_metrics_serverapp[row["round"]] = central
             others = {name: value for name, value in central.items() if name not in ("accuracy", "loss")}
             if others:
                 row["metrics"] = others
@@ -1099,6 +1119,8 @@ class FederatedStrategy(Strategy):
             "model_parameters": sum(parameter.numel() for parameter in self._model.parameters()),
             "status": status,
         }
+        if status == "stopped":
+            facts["stopped_because"] = self._stop_reason()
         if error is not None:
             facts["error"] = f"{type(error).__name__}: {error}"
         self.books.close(self.state, self.merged_state_dict(), self._full_bytes(), facts)
