@@ -34,6 +34,7 @@ from fedloru_flwr.lowrank import (
     aggregation_errors,
     derive_seed,
     digest_tensors,
+    stable_rank,
     weighted_mean,
 )
 from fedloru_flwr.lowrank.factors import rank_bound
@@ -376,6 +377,11 @@ class FederatedStrategy(Strategy):
                 f"{type(self.inner.strategy).__name__} cannot be combined with codecs: its mod on the clients clips "
                 "plain tensors, and finds coded ones; let the server clip (DifferentialPrivacyServerSide...)"
             )
+        if self.inner.is_private() and self.schedule.when == "loss":
+            raise ValueError(
+                f"{type(self.inner.strategy).__name__} cannot be combined with accumulate_when='loss': when the model "
+                "changes would tell of the clients' losses, which no noise covers; use 'rank'"
+            )
         if self.inner.is_private() and self.feedback:
             raise ValueError(
                 f"{type(self.inner.strategy).__name__} cannot be combined with error feedback: what is clipped off "
@@ -524,7 +530,8 @@ class FederatedStrategy(Strategy):
     ) -> None:
         result = self.books.result
         started = time.monotonic()
-        if not any(self.schedule.due(t) for t in range(1, num_rounds + 1)) and self.schedule.accumulates:
+        often = self.schedule.most_often()
+        if often.accumulates and not any(often.due(t) for t in range(1, num_rounds + 1)):
             log(WARNING, "no accumulation falls into the %d rounds of this run", num_rounds)
         if self.state.server_round == 0 and evaluate_fn is not None and self.has_global_model:
             self._record({"round": 0}, self._central(0, evaluate_fn), num_rounds, started)
@@ -645,20 +652,23 @@ class FederatedStrategy(Strategy):
         if outcome is not None and self.scaffold:
             self._memory.examples |= {client: self._weight(kept.reply) for client, kept in exchange.good.items()}
             self.state = replace(self.state, control=control.with_changes(self.state.control, changes))
+        progress = self._progress(server_round, outcome, metrics)
+        due = self.schedule.due(server_round, progress)
         self.state = step(
             self.state,
             server_round,
             outcome,
             statistics,
             plan=self.plan,
-            accumulate_now=self.schedule.due(server_round),
+            accumulate_now=due,
             reinit=self.reinit,
             seed=self.seed,
             codec=self._entry_codec(server_round),
+            progress=progress,
         )
         if self.state.draw > before.draw:
             self.inner.restart(list(self.state.trainables), set(self.plan.factor_keys))
-        self._just_accumulated = self.schedule.due(server_round) and self.state.ledger.version > before.ledger.version
+        self._just_accumulated = due and self.state.ledger.version > before.ledger.version
         if outcome is not None:
             self._memory.counted |= dict.fromkeys(exchange.good, server_round)
         told = {layer for kept in exchange.good.values() for layer in kept.reply.silent_layers}
@@ -672,6 +682,22 @@ class FederatedStrategy(Strategy):
         """Of what is accumulated: the downlink's, but all of it."""
         codec = replace(self.downlink.at(server_round), keep=1.0)
         return None if codec.is_exact else codec
+
+    def _progress(self, server_round: int, outcome: Outcome | None, metrics: MetricRecord | None) -> tuple[float, ...]:
+        """What the schedule waits for, after each round with a result since the last accumulation."""
+        before, layers = self.state.progress, self.plan.adapted
+        if not self.schedule.when or outcome is None or not layers:
+            return before
+        if self.schedule.when == "rank":
+            whole = self.plan.whole(outcome.trainables, self.seed, self.state.draw)
+            return *before, statistics.fmean(stable_rank(one, whole) / rank_bound(one, whole) for one in layers)
+        loss = _metric(metrics, "train_loss", "train-loss")
+        if not isinstance(loss, int | float):
+            raise AggregationError(
+                f"round {server_round}: accumulate_when='loss' waits for the metric train_loss of the clients' "
+                f"replies, which have {', '.join(metrics or ()) or 'none'}"
+            )
+        return *before, float(loss)
 
     def _aggregate(self, server_round: int, exchange: Exchange) -> _Aggregate:
         """What comes of a round's good replies."""
@@ -1084,6 +1110,7 @@ class FederatedStrategy(Strategy):
             "accumulate_into": self.settings.accumulate_into,
             "accumulate_every": self.schedule.every,
             "accumulate_at": sorted(self.schedule.at),
+            "accumulate_when": self.schedule.when,
             "num_clients": self.num_clients,
             "fraction_train": self.fraction_train,
             "min_train_nodes": self._at_least["train"],
