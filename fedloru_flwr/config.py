@@ -39,6 +39,7 @@ _FREE_WHEN_CONTINUED = (
     "max-failure-fraction",
     "aggregation-error",
     "max-total-bytes",
+    "target-accuracy",
     "track",
     "track-project",
 )
@@ -113,6 +114,12 @@ class RunConfig:
     ranks: str = _setting("", 'ranks by share of the clients, such as "4:0.5,16:0.5", or a .toml or .json file')
     accumulate_every: int = _setting(0, "rounds tau between accumulations; 0 is the method's own (FedLoRU: 10)", low=0)
     accumulate_at: str = _setting("", 'accumulate after these rounds instead, such as "50,100"')
+    accumulate_when: str = _setting(
+        "",
+        "accumulate when this has plateaued instead, accumulate-every rounds apart at most: the training loss, or the "
+        "stable rank of the factors' product",
+        choices=("", "loss", "rank"),
+    )
     reinit: str = _setting("reset", "factors after an accumulation", choices=("reset", "keep"))
     accumulate_into: str = _setting("merge", "how clients hold the past", choices=("merge", "stack"))
     personal_rank: int = _setting(0, "pfedloru: rank of the personal pair; 0 is rank", low=0)
@@ -202,6 +209,12 @@ class RunConfig:
     resume: str = _setting("", "auto (the run named run-name, if it is there) or a run's directory")
     max_total_bytes: int = _setting(
         0, "stop after the round in which the run's bytes, up and down, reach so many; 0: no limit", low=0
+    )
+    target_accuracy: float = _setting(
+        0.0,
+        "stop after the round whose accuracy, the central one or else the clients', reaches this; 0: none",
+        low=0,
+        high=1,
     )
     uplink_codec: str = _setting(
         "float32",
@@ -302,6 +315,13 @@ class RunConfig:
                 )
         if self.accumulate_every and self.accumulate_at:
             raise ConfigError("accumulate-every and accumulate-at exclude each other: give one of them")
+        if self.accumulate_when and self.accumulate_at:
+            raise ConfigError("accumulate-when and accumulate-at exclude each other: give one of them")
+        if self.accumulate_when and self.learning_rate_restart:
+            raise ConfigError(
+                f"learning-rate-restart = true does not go with accumulate-when = {self.accumulate_when!r}: how long "
+                "the learning rate has until the next accumulation is not known"
+            )
         if self.algorithm == "pfedloru":
             personal = self.personal_epochs or max(1, self.local_epochs // 4)
             shared = self.global_epochs or self.local_epochs - personal
@@ -394,6 +414,11 @@ class RunConfig:
             raise ConfigError(
                 f"accumulate-at = {self.accumulate_at!r} lists round {late[0]}, but the run has num-server-rounds = "
                 f"{self.num_server_rounds}"
+            )
+        if self.target_accuracy and self.dataset == "clients" and not self.fraction_evaluate:
+            raise ConfigError(
+                f"target-accuracy = {self.target_accuracy:g} needs an accuracy, and with dataset = 'clients' only "
+                "clients can tell one: give fraction-evaluate above 0"
             )
         if self.dataset == "clients" and self.pretrained:
             if not self.writes and not self.num_classes:
@@ -496,7 +521,8 @@ def _checked(key: str, value: object, setting: "dataclasses.Field[Any]") -> Scal
     if isinstance(value, str):
         if bounds["choices"] and value not in bounds["choices"]:
             choices = bounds["choices"]
-            raise ConfigError(f"{key} = {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
+            known = ", ".join(choice or '""' for choice in choices)
+            raise ConfigError(f"{key} = {value!r} is not one of {known}{did_you_mean(value, choices)}")
         return value
     too_low = value < bounds["low"] or (bounds["above"] is not None and value <= bounds["above"])
     if not math.isfinite(value) or too_low or value > bounds["high"]:

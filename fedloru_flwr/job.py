@@ -171,6 +171,7 @@ def run_options(config: RunConfig) -> CommonOptions:
         "max_failure_fraction": config.max_failure_fraction,
         "max_norm_ratio": config.max_norm_ratio,
         "max_total_bytes": config.max_total_bytes,
+        "target_accuracy": config.target_accuracy,
         "enrol": True,
         "fraction_train": config.fraction_train,
         "fraction_evaluate": config.fraction_evaluate,

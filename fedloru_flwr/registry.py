@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fedloru_flwr.strategies import FederatedStrategy
     from fedloru_flwr.strategies.federated import CommonOptions, ModelSource
 
-_OF_FACTORS = ("adapter", "ranks", "accumulate_every", "accumulate_at", "reinit", "accumulate_into")
+_OF_FACTORS = ("adapter", "ranks", "accumulate_every", "accumulate_at", "accumulate_when", "reinit", "accumulate_into")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Algorithm:
                 "alpha": config.alpha,
                 "accumulate_every": config.accumulate_every,
                 "accumulate_at": config.accumulation_rounds,
+                "accumulate_when": config.accumulate_when,
                 "reinit": config.reinit,
                 "accumulate_into": config.accumulate_into,
                 "adapter": None if config.adapter == "auto" else config.adapter,

@@ -23,7 +23,8 @@ def table() -> str:
         shown = str(default).lower() if isinstance(default, bool) else f'"{default}"' if default == "" else str(default)
         meaning = setting.metadata["help"].replace("|", "\\|")
         if choices := setting.metadata["choices"]:
-            meaning += f" ({', '.join(choices)})"
+            named = ", ".join(choice or '""' for choice in choices)
+            meaning += f" ({named})"
         lines.append(f"| `{name_to_key(setting.name)}` | `{shown}` | {meaning} |")
     return "\n".join(lines) + "\n"
 

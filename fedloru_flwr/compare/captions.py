@@ -9,7 +9,8 @@ MAIN = _flowing(
     """
     Final accuracy is that of the last round, best accuracy the highest of any round: mean ± sample standard deviation
     over the seeds. Bytes are those of the whole run, up (sent by clients) and down (sent to them), in all and for each
-    of the clients (1 MB = 1,000,000 bytes), mean over the seeds.
+    of the clients (1 MB = 1,000,000 bytes), mean over the seeds. On the Pareto front of bytes sent up, or up and down
+    in all, is a method at whose final mean accuracy over the seeds, or above it, no other has been with fewer bytes.
     """
 )
 PERSONAL = _flowing(
@@ -32,8 +33,8 @@ AUTOMATIC_BUDGETS = _flowing(
 )
 TARGETS = _flowing(
     """
-    Charged until the mean over the seeds first reaches the target; MB are sent up by all clients together, or up and
-    down in all. The fewest of a column are marked.
+    Charged until the mean over the seeds first reaches the target; MB are sent by all clients together, to them, or
+    both in all. The fewest of a column are marked.
     """
 )
 SPREAD = _flowing(
@@ -69,8 +70,9 @@ LEARNED = _flowing(
 CURVES = _flowing(
     """
     Lines are the mean over the seeds, bands one sample standard deviation to either side; the marker is the last
-    evaluation. Against bytes the axis is logarithmic and counts what all clients together have sent. All panels share
-    the vertical axis.
+    evaluation. Against bytes the axis is logarithmic and counts what all clients together have sent, or sent and
+    received. The broad grey line joins the ends of the methods on the Pareto front: at a front method's final accuracy,
+    or above it, no other method has been with fewer bytes. All panels share the vertical axis.
     """
 )
 GAPS = _flowing(

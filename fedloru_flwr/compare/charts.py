@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Any
 from fedloru_flwr.compare import measures
 from fedloru_flwr.compare.drawing import GREY, INK, Look, as_svg, explain, figure_of, looks, picture_name
 from fedloru_flwr.compare.judged import Comparison, Judged, same_but
-from fedloru_flwr.compare.measures import Metric, Stat
+from fedloru_flwr.compare.measures import Curve, Metric, Stat, Way
 from fedloru_flwr.compare.records import Record
 from fedloru_flwr.compare.spec import describe
 from fedloru_flwr.compare.table import METRIC_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+# What accuracies are drawn against: the name, the axis, and which bytes, where it is bytes.
+_AGAINST: tuple[tuple[str, str, Way | None], ...] = (
+    ("rounds", "round", None),
+    ("bytes", "MB sent up so far, all clients together", "up"),
+    ("all bytes", "MB sent up and down so far, all clients together", "all"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ def files(comparison: Comparison) -> dict[str, bytes]:
 
 
 def accuracy_charts(comparison: Comparison, metric: Metric, *, alone: bool = False) -> list[Chart]:
-    """The metric against rounds and against uplink, for each combination of the axes' values.
+    """The metric against rounds, uplink and all bytes, for each combination of the axes' values.
 
     Args:
         comparison: the results.
@@ -59,21 +66,37 @@ def accuracy_charts(comparison: Comparison, metric: Metric, *, alone: bool = Fal
         if not drawn:
             continue
         head = describe(comparison.combinations[number])
-        for by, unit in (("rounds", "round"), ("bytes", "MB sent up so far, all clients together")):
+        for by, unit, way in _AGAINST:
             title = f"{METRIC_NAMES[metric].capitalize()} against {by}" + (f", {head}" if head else "")
             figure, axes = figure_of(unit, METRIC_NAMES[metric])
             for one in drawn:
                 line = one.curve(metric)
-                xs: list[float] = list(line.rounds) if by == "rounds" else [up / 1e6 for up in line.up]
+                xs: list[float] = list(line.rounds) if way is None else _megabytes(line, way)
                 _band(axes, xs, line.values, style[one.row.method], 0.13 if len(drawn) <= 6 else 0.06)
             axes.set_ylim(*limits)
-            if by == "bytes":
-                _log_bytes(axes, [up / 1e6 for one in drawn for up in one.curve(metric).up if up > 0])
+            shown = {one.label: style[one.row.method] for one in drawn}
+            told = "; ".join(f"{one.label} ends at {one.curve(metric).values[-1].mean:.3f}" for one in drawn)
+            if way is not None:
+                _log_bytes(axes, [mb for one in drawn for mb in _megabytes(one.curve(metric), way) if mb > 0])
+                if front := [group[index] for index in comparison.front(number, metric, way)]:
+                    front.sort(key=lambda one: one.curve(metric).spent(way)[-1])
+                    _draw_front(axes, [one.curve(metric) for one in front], way)
+                    shown["Pareto front"] = Look(GREY, (), "")
+                    told += f". On the Pareto front: {', '.join(one.label for one in front)}"
             if alone:
-                explain(figure, title, {one.label: style[one.row.method] for one in drawn})
-            ends = "; ".join(f"{one.label} ends at {one.curve(metric).values[-1].mean:.3f}" for one in drawn)
-            charts.append(Chart(title, f"Line chart. {title}. {ends}.", as_svg(figure), _methods(drawn)))
+                explain(figure, title, shown)
+            charts.append(Chart(title, f"Line chart. {title}. {told}.", as_svg(figure), _methods(drawn)))
     return charts
+
+
+def _megabytes(line: Curve, way: Way) -> list[float]:
+    return [spent / 1e6 for spent in line.spent(way)]
+
+
+def _draw_front(axes: "Axes", lines: Sequence[Curve], way: Way) -> None:
+    """A broad line behind the others, through the ends of these."""
+    xs, means = [_megabytes(line, way)[-1] for line in lines], [line.values[-1].mean for line in lines]
+    axes.plot(xs, means, color=GREY, alpha=0.35, linewidth=6, solid_capstyle="round", zorder=1.5)
 
 
 def gap_charts(comparison: Comparison, *, alone: bool = False) -> list[Chart]:

@@ -1,5 +1,6 @@
 """`fedloru compare` and `fedloru report` as Python functions."""
 
+import dataclasses
 import os
 import shlex
 from collections.abc import Sequence
@@ -187,6 +188,7 @@ def _gather(spec: Spec, origin: dict[str, str], runner: Runner, partitions: list
         origins=[origin],
         seeds=list(spec.seeds),
         targets=list(spec.targets),
+        below_best=[dataclasses.asdict(one) for one in spec.below_best],
         budgets_mb=None if spec.budgets_mb is None else list(spec.budgets_mb),
         reference=spec.reference,
         axes={axis: list(values) for axis, values in spec.axes.items()},

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from fedloru_flwr.compare import measures
-from fedloru_flwr.compare.measures import Curve, Metric, Stat
+from fedloru_flwr.compare.measures import Curve, Metric, Stat, Way
 from fedloru_flwr.compare.results import Results, Row
 from fedloru_flwr.compare.spec import Values
 
@@ -35,9 +35,23 @@ class Reached(NamedTuple):
     down: float
 
     @property
-    def shown(self) -> tuple[float, float, float]:
-        """Round, bytes up, bytes in all."""
-        return self.round, self.up, self.up + self.down
+    def shown(self) -> tuple[float, float, float, float]:
+        """Round, bytes up, bytes down, bytes in all."""
+        return self.round, self.up, self.down, self.up + self.down
+
+
+class Target(NamedTuple):
+    """An accuracy to reach.
+
+    Attributes:
+        name: for people.
+        key: for the columns of the CSV.
+        value: None where the method whose best it is relative to has none.
+    """
+
+    name: str
+    key: str
+    value: float | None
 
 
 class Judged:
@@ -103,10 +117,10 @@ class Judged:
             return None
         return AtBudget(line.values[at], line.up[at] == 0, at == len(line.up) - 1)
 
-    def reached(self, target: float, metric: Metric) -> Reached | None:
+    def reached(self, target: float | None, metric: Metric) -> Reached | None:
         """When the mean curve first reaches a target."""
         line = self.curve(metric)
-        at = line.reaches(target)
+        at = None if target is None else line.reaches(target)
         return None if at is None else Reached(line.rounds[at], line.up[at], line.down[at])
 
 
@@ -135,6 +149,23 @@ class Comparison:
         if self.results.budgets_mb is not None:
             return self.results.budgets_mb
         return measures.automatic_budgets([one.up for one in self.groups[group] if one.up])
+
+    def targets(self, group: int, metric: Metric) -> list[Target]:
+        """The targets of a combination."""
+        found = [Target(f"{value:g}", f"{value:g}", value) for value in self.results.targets]
+        for one in self.results.below_best:
+            method, minus = one["best_of"], one["minus"]
+            means = [
+                stat.mean for row in self.groups[group] if row.row.method == method for stat in row.curve(metric).values
+            ]
+            label = self.results.labels.get(method, method)
+            name = f"{label}'s best" + (f" - {minus:g}" if minus else "")
+            found.append(Target(name, f"{method}_best-{minus:g}", max(means) - minus if means else None))
+        return found
+
+    def front(self, group: int, metric: Metric, way: Way) -> set[int]:
+        """Which rows of a combination are on the Pareto front."""
+        return measures.front([one.curve(metric) for one in self.groups[group]], way)
 
     def reference(self, group: int) -> Judged | None:
         """The row that gaps of a combination are measured from."""

@@ -10,6 +10,7 @@ from fedloru_flwr.compare.records import Record
 from fedloru_flwr.compare.spec import By
 
 Metric = Literal["accuracy", "personal"]
+Way = Literal["up", "all"]  # bytes that clients sent; those and what was sent to them
 EXACT_BELOW = 1e-6  # relative aggregation errors up to here are float32 rounding
 
 
@@ -45,6 +46,10 @@ class Curve:
     down: list[float]
     values: list[Stat]
 
+    def spent(self, way: Way) -> list[float]:
+        """Bytes by the end of each of the rounds."""
+        return self.up if way == "up" else [up + down for up, down in zip(self.up, self.down, strict=True)]
+
     def reaches(self, target: float) -> int | None:
         """The first point whose mean is at least ``target``."""
         return next((i for i, value in enumerate(self.values) if value.mean >= target), None)
@@ -73,6 +78,26 @@ def curve(records: Sequence[Record], metric: Metric) -> Curve:
         down=[statistics.fmean(down for _, down, _ in point) for point in points],
         values=[value for value in values if value is not None],
     )
+
+
+def front(lines: Sequence[Curve], way: Way) -> set[int]:
+    """Which of the curves end on the Pareto front of metric against bytes; none where there are fewer than two.
+
+    One does if no other has at any of its points at least as high a mean with fewer bytes, or a higher one with as
+    many.
+    """
+    ends = {n: (line.spent(way)[-1], line.values[-1].mean) for n, line in enumerate(lines) if line.values}
+
+    def is_passed(number: int) -> bool:
+        spent, mean = ends[number]
+        return any(
+            (other < spent and value.mean >= mean) or (other <= spent and value.mean > mean)
+            for n in ends
+            if n != number
+            for other, value in zip(lines[n].spent(way), lines[n].values, strict=True)
+        )
+
+    return {number for number in ends if not is_passed(number)} if len(ends) > 1 else set()
 
 
 def error_curve(records: Sequence[Record]) -> list[tuple[int, float]]:

@@ -59,7 +59,7 @@ class Places:
         return {**run.settings, "output-dir": str(place.parent), "run-name": place.name}
 
     def finished(self, run: Wanted) -> bool:
-        """Whether the run has ended well: with its last round, or with the one that reached ``max-total-bytes``."""
+        """Whether the run has ended well: with its last round, or with the one that reached a limit."""
         summary = _read(self.place(run).path / "summary.json")
         whole = summary.get("status") == "finished" and summary.get("rounds") == run.settings["num-server-rounds"]
         return whole or summary.get("status") == "stopped"

@@ -14,7 +14,7 @@ from fedloru_flwr.engines.app_dir import DISTRIBUTION
 # Settings that say where and how a run is carried out, not what it computes.
 FREE = ("output-dir", "run-name", "resume", "checkpoint-every", "timeout", "track", "track-project")
 
-# A run's status when it has come to its last round, and when ``max-total-bytes`` has ended it before.
+# A run's status when it has come to its last round, and when a limit has ended it before.
 ENDED_WELL = ("finished", "stopped")
 
 Series = list[float | None]

@@ -58,6 +58,7 @@ class Results:
         partitions: how the data were dealt out: ``rows`` (method and number of the combination) and ``counts`` (clients
             by classes).
         complete: nothing is left to run.
+        below_best: targets relative to a method's best: ``best_of``, the method's name, and ``minus``.
     """
 
     title: str
@@ -72,6 +73,7 @@ class Results:
     choices: list[dict[str, Any]] = field(default_factory=list)
     partitions: list[dict[str, Any]] = field(default_factory=list)
     complete: bool = True
+    below_best: list[dict[str, Any]] = field(default_factory=list)
 
     def combinations(self) -> list[Values]:
         """The axes' values that rows have, in order of appearance."""
@@ -177,6 +179,7 @@ def join(parts: Sequence[tuple[str, Results]]) -> Results:
         origins=[origin for _, part in parts for origin in part.origins],
         seeds=sorted({seed for _, part in parts for seed in part.seeds}),
         targets=sorted({target for _, part in parts for target in part.targets}),
+        below_best=[*{json.dumps(one): one for _, part in parts for one in part.below_best}.values()],
         budgets_mb=_joined_budgets([part.budgets_mb for _, part in parts]),
         labels={},
         rows=[],

@@ -17,6 +17,7 @@ Values = dict[str, Scalar]
 
 _TOP = ("title", "seeds", "target-accuracy", "budgets-mb", "reference", "settings", "vary", "methods", "tuning")
 _METHOD_ONLY = ("label", "grid")
+_BELOW_BEST = ("best-of", "minus")
 _TUNING = ("seeds", "by", "settings", "widen", "per")
 _KEYS = tuple(name_to_key(field.name) for field in dataclasses.fields(RunConfig))
 _FLOATS = tuple(name_to_key(field.name) for field in dataclasses.fields(RunConfig) if field.type is float)
@@ -24,6 +25,7 @@ _OWN = {
     "seed": "the top-level key seeds says which seeds are run",
     "output-dir": "the comparison chooses where its runs go: use --output-dir",
     "run-name": "the comparison names its runs",
+    "target-accuracy": "runs go to their end; the top-level key says which accuracies are charged",
     "resume": "a comparison always continues what it finds",
 }
 _NAME = re.compile(r"[\w+.-]+(?: [\w+.-]+)*")
@@ -44,6 +46,19 @@ class Method:
     label: str
     settings: Values
     grid: dict[str, tuple[Scalar, ...]]
+
+
+@dataclass(frozen=True)
+class BelowBest:
+    """A target that the results set: a method's best mean accuracy over the seeds in any round, less ``minus``.
+
+    Attributes:
+        best_of: the method's name.
+        minus: between 0 and 1.
+    """
+
+    best_of: str
+    minus: float
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ class Spec:
         title: for people.
         seeds: of the final runs.
         targets: accuracies to reach.
+        below_best: targets that a method's results set.
         budgets_mb: uplink budgets, total over the clients; None: they are taken from the results.
         reference: the method that gaps are measured from.
         settings: of every run.
@@ -86,6 +102,7 @@ class Spec:
     title: str
     seeds: tuple[int, ...]
     targets: tuple[float, ...]
+    below_best: tuple[BelowBest, ...]
     budgets_mb: tuple[float, ...] | None
     reference: str
     settings: Values
@@ -156,6 +173,7 @@ class _Reader:
                 raise self._fault("methods", f"{labels.count(label)} methods have the label {label!r}")
         seeds = self._seeds(content.get("seeds", [0]), "")
         targets = content.get("target-accuracy", [])
+        targets = targets if isinstance(targets, list) else [targets]
         budgets = content.get("budgets-mb")
         reference = content.get("reference", methods[0].name)
         if reference not in tables:
@@ -168,7 +186,8 @@ class _Reader:
             name=name,
             title=title,
             seeds=seeds,
-            targets=self._numbers("target-accuracy", targets if isinstance(targets, list) else [targets], high=1.0),
+            targets=self._numbers("target-accuracy", [one for one in targets if not isinstance(one, dict)], high=1.0),
+            below_best=tuple(dict.fromkeys(self._below_best(one, tables) for one in targets if isinstance(one, dict))),
             budgets_mb=None if budgets is None else self._numbers("budgets-mb", budgets),
             reference=reference,
             settings=settings,
@@ -177,7 +196,9 @@ class _Reader:
             tuning=self._tuning(content.get("tuning", {}), seeds, axes, methods),
         )
         if spec.tuning.by == "bytes_up_to_target" and not spec.targets:
-            raise self._fault("tuning", "by = 'bytes_up_to_target' needs target-accuracy")
+            told = "by = 'bytes_up_to_target' needs target-accuracy"
+            told += " to have a number: a target below a method's best is known after the runs" if targets else ""
+            raise self._fault("tuning", told)
         self._check_runs(spec)
         return spec
 
@@ -285,6 +306,16 @@ class _Reader:
             allowed = "above 0" + (f" and at most {high:g}" if high < float("inf") else "")
             raise self._fault("", f"{key} = {values!r} must be numbers {allowed}")
         return tuple(sorted({float(value) for value in values}))
+
+    def _below_best(self, content: Mapping[str, Any], methods: Mapping[str, object]) -> BelowBest:
+        self._known(content, _BELOW_BEST, "target-accuracy")
+        method, minus = content.get("best-of"), content.get("minus", 0)
+        if not isinstance(method, str) or method not in methods:
+            told = f"best-of = {method!r} is not a method: {', '.join(methods)}"
+            raise self._fault("target-accuracy", told + did_you_mean(str(method), methods))
+        if type(minus) not in (int, float) or not 0 <= minus < 1:
+            raise self._fault("target-accuracy", f"minus = {minus!r} must be a number of at least 0 and below 1")
+        return BelowBest(method, float(minus))
 
     def _own(self, content: Mapping[str, Any], where: str) -> None:
         for key, why in _OWN.items():

@@ -8,10 +8,11 @@ from itertools import product
 
 from fedloru_flwr.compare import captions, measures
 from fedloru_flwr.compare.judged import Comparison, Judged, winners
-from fedloru_flwr.compare.measures import Metric, Stat
+from fedloru_flwr.compare.measures import Metric, Stat, Way
 from fedloru_flwr.compare.spec import describe
 
 METRIC_NAMES: dict[Metric, str] = {"accuracy": "accuracy", "personal": "personal accuracy"}
+WAY_NAMES: dict[Way, str] = {"up": "up", "all": "in all"}
 NONE = "\u2013"
 
 
@@ -48,7 +49,7 @@ def tables(comparison: Comparison) -> list[Table]:
     found = [_main(comparison)]
     for metric in metrics:
         found += _budgets(comparison, metric)
-    if comparison.results.targets:
+    if comparison.results.targets or comparison.results.below_best:
         found += [_targets(comparison, metric) for metric in metrics]
     found += [_spread(comparison), _errors(comparison), _learned(comparison)]
     return [table for table in found if any(rows for _, rows in table.sections)]
@@ -60,7 +61,7 @@ def winners_table(comparison: Comparison) -> Table:
     given = comparison.results.budgets_mb
     names = [f"{value:g} MB up" for value in given] if given is not None else ["low", "middle", "high uplink"]
     columns = ["", "final", *(f"at {name}" for name in names)]
-    columns += [f"fewest MB up to {target:g}" for target in comparison.results.targets]
+    columns += [f"fewest MB up to {target.name}" for target in comparison.targets(0, "accuracy")]
     table = Table("Who is ahead", "", columns, prose=True)
     rows = []
     for (number, at), metric in product(enumerate(comparison.combinations), metrics):
@@ -73,8 +74,8 @@ def winners_table(comparison: Comparison) -> Table:
             cell = _winner(group, [None if at is None else at.value.mean for at in found])
             cells.append(cell if given is not None else Cell(f"{cell.text} at {budget:g} MB"))
         cells += [Cell(NONE)] * (len(names) - len(budgets))
-        for target in comparison.results.targets:
-            reached = [one.reached(target, metric) for one in group]
+        for target in comparison.targets(number, metric):
+            reached = [one.reached(target.value, metric) for one in group]
             spent = [None if at is None else at[1] for at in reached]
             cells.append(_winner(group, spent, low=True))
         rows.append(cells)
@@ -94,7 +95,7 @@ def _winner(group: Sequence[Judged], values: Sequence[float | None], *, low: boo
 def _main(comparison: Comparison) -> Table:
     personal = comparison.has("personal")
     columns = ["method", "final accuracy", "best accuracy", *(["final personal accuracy"] if personal else [])]
-    columns += ["MB up", "MB down", "MB up a client", "MB down a client", "runs"]
+    columns += ["MB up", "MB down", "MB up a client", "MB down a client", "Pareto front", "runs"]
     table = Table(
         "Accuracy and bytes",
         f"{captions.MAIN} {captions.PERSONAL}" if personal else captions.MAIN,
@@ -105,6 +106,7 @@ def _main(comparison: Comparison) -> Table:
         bests = [one.best("accuracy") for one in group]
         personals = [one.final("personal") for one in group]
         top = [winners([_mean(stat) for stat in stats]) for stats in (finals, bests, personals)]
+        fronts = {name: comparison.front(number, "accuracy", way) for way, name in WAY_NAMES.items()}
         rows = []
         for index, one in enumerate(group):
             cells = [Cell(one.label), _stat(finals[index], index in top[0]), _stat(bests[index], index in top[1])]
@@ -114,6 +116,7 @@ def _main(comparison: Comparison) -> Table:
                 cells.append(Cell(_mb(total)))
             for total in (one.up, one.down):
                 cells.append(Cell(_mb(None if total is None or not one.clients else total / one.clients)))
+            cells.append(Cell(", ".join(name for name, those in fronts.items() if index in those) or NONE))
             cells.append(Cell(_runs(one)))
             rows.append(cells)
         table.sections.append((describe(comparison.combinations[number]), rows))
@@ -153,34 +156,45 @@ def _budgets(comparison: Comparison, metric: Metric) -> list[Table]:
 
 
 def _targets(comparison: Comparison, metric: Metric) -> Table:
-    name, targets = METRIC_NAMES[metric], comparison.results.targets
-    heads = [f"{what} to {target:g}" for target in targets for what in ("rounds", "MB up", "MB in all")]
+    name, shown = METRIC_NAMES[metric], ("rounds", "MB up", "MB down", "MB in all")
+    heads = [f"{what} to {target.name}" for target in comparison.targets(0, metric) for what in shown]
     table = Table(
         f"Rounds and bytes to a target {name}",
-        captions.TARGETS,
+        " ".join([captions.TARGETS, *_relative_targets(comparison, metric)]),
         ["method", *heads],
     )
     for number, group in enumerate(comparison.groups):
+        targets = comparison.targets(number, metric)
         group = [one for one in group if one.curve(metric).values]
-        reached = [[one.reached(target, metric) for one in group] for target in targets]
+        reached = [[one.reached(target.value, metric) for one in group] for target in targets]
         fewest = [
-            [winners([None if at is None else at.shown[part] for at in column], low=True) for part in range(3)]
+            [winners([None if at is None else at.shown[part] for at in column], low=True) for part in range(len(shown))]
             for column in reached
         ]
         rows = []
         for index, one in enumerate(group):
             cells = [Cell(one.label)]
-            for column, (rounds, up, both) in zip(reached, fewest, strict=True):
+            for target, column, best in zip(targets, reached, fewest, strict=True):
                 at = column[index]
                 if at is None:
-                    cells += [Cell("not reached"), Cell(NONE), Cell(NONE)]
+                    told = NONE if target.value is None else "not reached"
+                    cells += [Cell(told), *[Cell(NONE)] * (len(shown) - 1)]
                 else:
-                    after, one_way, in_all = at.shown
-                    cells += [Cell(f"{after:g}", index in rounds), Cell(_mb(one_way), index in up)]
-                    cells.append(Cell(_mb(in_all), index in both))
+                    texts = [f"{at.round:g}", *map(_mb, at.shown[1:])]
+                    cells += [Cell(text, index in those) for text, those in zip(texts, best, strict=True)]
             rows.append(cells)
         table.sections.append((describe(comparison.combinations[number]), rows))
     return table
+
+
+def _relative_targets(comparison: Comparison, metric: Metric) -> list[str]:
+    """What the targets that methods' results set come down to."""
+    told = []
+    for number, at in enumerate(comparison.combinations):
+        for target in comparison.targets(number, metric)[len(comparison.results.targets) :]:
+            value = "unknown" if target.value is None else f"{target.value:.4f}"
+            told.append(f"{target.name} is {value}" + (f" ({describe(at)})." if at else "."))
+    return told
 
 
 def _spread(comparison: Comparison) -> Table:
@@ -295,11 +309,11 @@ def failures(comparison: Comparison) -> list[str]:
 
 def as_csv(comparison: Comparison) -> str:
     """One line a row, with the numbers in full."""
-    results = comparison.results
     budgets = max((len(comparison.budgets(number)) for number in range(len(comparison.groups))), default=0)
     lines = []
     for number, group in enumerate(comparison.groups):
-        for one in group:
+        fronts = {way: comparison.front(number, "accuracy", way) for way in WAY_NAMES}
+        for index, one in enumerate(group):
             line: dict[str, object] = {"method": one.row.method, "label": one.label, **one.row.at}
             line["chosen"] = describe(one.row.choice)
             line["seeds"] = len(one.runs)
@@ -311,19 +325,22 @@ def as_csv(comparison: Comparison) -> str:
             line["bytes_up"], line["bytes_down"] = one.up, one.down
             for way, total in (("up", one.up), ("down", one.down)):
                 line[f"bytes_{way}_per_client"] = total / one.clients if total is not None and one.clients else None
-            for target in results.targets:
-                for metric in METRIC_NAMES:
-                    reached = one.reached(target, metric) or (None, None, None)
+            line |= {f"front_{name}": int(index in those) for name, those in fronts.items()}
+            for metric in METRIC_NAMES:
+                for target in comparison.targets(number, metric):
+                    if target.name != target.key:
+                        line[f"{metric}_{target.key}"] = target.value
+                    reached = one.reached(target.value, metric) or (None, None, None)
                     for name, value in zip(("rounds", "bytes_up", "bytes_down"), reached, strict=True):
-                        line[f"{name}_to_{metric}_{target:g}"] = value
+                        line[f"{name}_to_{metric}_{target.key}"] = value
             limits = comparison.budgets(number)
-            for index in range(budgets):
-                limit = limits[index] if index < len(limits) else None
-                line[f"budget_{index + 1}_mb"] = limit
+            for place in range(budgets):
+                limit = limits[place] if place < len(limits) else None
+                line[f"budget_{place + 1}_mb"] = limit
                 for metric in METRIC_NAMES:
                     at = None if limit is None else one.at_budget(limit, metric)
-                    line[f"{metric}_at_budget_{index + 1}_mean"] = at.value.mean if at else None
-                    line[f"{metric}_at_budget_{index + 1}_std"] = at.value.std if at else None
+                    line[f"{metric}_at_budget_{place + 1}_mean"] = at.value.mean if at else None
+                    line[f"{metric}_at_budget_{place + 1}_std"] = at.value.std if at else None
             for kind in ("accuracy", "personal-accuracy"):
                 stats = measures.spread(one.runs, kind) or (None, None, None)
                 for name, stat in zip(("mean", "std", "worst_decile"), stats, strict=True):

@@ -13,7 +13,7 @@ from fedloru_flwr.lowrank.aggregation import (
 )
 from fedloru_flwr.lowrank.averaging import weighted_mean
 from fedloru_flwr.lowrank.codecs import Codec, CodecError, CodecSchedule
-from fedloru_flwr.lowrank.compress import compress, has_zero_product, join, relative_difference
+from fedloru_flwr.lowrank.compress import compress, has_zero_product, join, relative_difference, stable_rank
 from fedloru_flwr.lowrank.factors import (
     Adapter,
     FactorisedLayer,
@@ -37,10 +37,11 @@ from fedloru_flwr.lowrank.random import (
     seeded,
     uniform,
 )
-from fedloru_flwr.lowrank.schedules import AccumulationSchedule, LearningRateSchedule
+from fedloru_flwr.lowrank.schedules import LEAST_APART, AccumulationSchedule, LearningRateSchedule, When
 from fedloru_flwr.lowrank.streaming import FixedTree, TreeMean, TreeProducts, place_of
 
 __all__ = [
+    "LEAST_APART",
     "AccumulationSchedule",
     "Adapter",
     "Codec",
@@ -53,6 +54,7 @@ __all__ = [
     "Ledger",
     "TreeMean",
     "TreeProducts",
+    "When",
     "aggregation_error",
     "aggregation_errors",
     "as_pair",
@@ -80,6 +82,7 @@ __all__ = [
     "restore_generators",
     "seed_everything",
     "seeded",
+    "stable_rank",
     "stacked",
     "truncate",
     "uniform",

@@ -33,6 +33,23 @@ def join(layer: FactorisedLayer, adapters: Sequence[tuple[Mapping[str, Tensor], 
     return concatenate(there, [layer]) if there else None
 
 
+def core(b: Tensor, a: Tensor) -> Tensor:
+    """A matrix with the singular values of ``B A``, of ``B (out, R)`` and ``A (R, in)``."""
+    if b.shape[1] >= min(b.shape[0], a.shape[1]):
+        return b @ a
+    left, right = (torch.linalg.qr(one, mode="r").R for one in (b, a.T))
+    small: Tensor = left @ right.T
+    return small
+
+
+def stable_rank(layer: FactorisedLayer, adapter: Mapping[str, Tensor]) -> float:
+    """``||D||_F^2 / ||D||_2^2`` of an adapter's product, between 1 and its rank; 0 where the product is zero."""
+    a, b = as_pair(layer, adapter)
+    with single_thread():
+        squares = torch.linalg.svdvals(core(b.detach().cpu().double(), a.detach().cpu().double())).square()
+    return float(squares.sum() / squares[0]) if squares[0] else 0.0
+
+
 def compress(layer: FactorisedLayer, adapter: Mapping[str, Tensor], rank: int) -> tuple[Adapter, float]:
     r"""Return the best pair of rank ``min(rank, its own)`` for an adapter's product, and the relative error.
 

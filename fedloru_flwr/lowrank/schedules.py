@@ -1,9 +1,13 @@
 """When to accumulate, and how the learning rate moves over rounds."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
+
+When = Literal["", "loss", "rank"]
+LEAST_APART = 2  # rounds between two accumulations that are decided as training goes
+_GAIN = 0.02  # what makes a measure better than it was, relative to what it was
 
 
 @dataclass(frozen=True)
@@ -13,10 +17,13 @@ class AccumulationSchedule:
     Attributes:
         every: accumulate after rounds ``every, 2 * every, ...``; 0 for no period.
         at: accumulate after exactly these rounds.
+        when: accumulate as soon as this has plateaued instead, `LEAST_APART` to ``every`` rounds after the last time:
+            the clients' training loss (`loss_has_plateaued`) or how much of the rank is used (`rank_has_plateaued`).
     """
 
     every: int = 0
     at: frozenset[int] = frozenset()
+    when: When = ""
 
     @classmethod
     def periodic(cls, tau: int) -> Self:
@@ -34,6 +41,18 @@ class AccumulationSchedule:
         return cls(at=at)
 
     @classmethod
+    def adaptive(cls, when: When, most: int) -> Self:
+        """Accumulate when a measure has plateaued, at most ``most`` rounds apart."""
+        if when not in _HAS_PLATEAUED:
+            raise ValueError(f"accumulate-when must be {' or '.join(map(repr, _HAS_PLATEAUED))}, got {when!r}")
+        if most <= LEAST_APART:
+            raise ValueError(
+                f"accumulate-when = {when!r} chooses between {LEAST_APART} rounds and accumulate-every, which must be "
+                f"at least {LEAST_APART + 1}, got {most}"
+            )
+        return cls(every=most, when=when)
+
+    @classmethod
     def never(cls) -> Self:
         """Never accumulate: FedLoRA and full-rank methods."""
         return cls()
@@ -43,8 +62,21 @@ class AccumulationSchedule:
         """Whether there is any round after which it accumulates."""
         return self.every > 0 or bool(self.at)
 
-    def due(self, server_round: int) -> bool:
-        """Whether the result of ``server_round`` (from 1) is to be accumulated."""
+    def most_often(self) -> "AccumulationSchedule":
+        """Itself; of one that is decided as training goes, the period it can come down to."""
+        return AccumulationSchedule.periodic(LEAST_APART) if self.when else self
+
+    def due(self, server_round: int, progress: Sequence[float] = ()) -> bool:
+        """Whether the result of ``server_round`` (from 1) is to be accumulated.
+
+        Args:
+            server_round: the round.
+            progress: where ``when`` is set, its measure after each round with a result since the last accumulation,
+                this one included.
+        """
+        if self.when:
+            apart = len(progress)
+            return apart >= LEAST_APART and (apart >= self.every or _HAS_PLATEAUED[self.when](progress))
         return server_round in self.at or (self.every > 0 and server_round % self.every == 0)
 
     def cycle(self, server_round: int, num_rounds: int) -> tuple[int, int]:
@@ -56,6 +88,34 @@ class AccumulationSchedule:
         while last < num_rounds and not self.due(last):
             last += 1
         return first, last
+
+
+def loss_has_plateaued(losses: Sequence[float]) -> bool:
+    """Whether two rounds in a row were no better than what was before them.
+
+    With the training losses ``l_1 .. l_n`` of the rounds since the last accumulation, ``n >= 3``::
+
+        min(l_{n-1}, l_n) > (1 - 0.02) min(l_1 .. l_{n-2})
+
+    The ratio does not depend on the loss's unit; the second round is for the noise of who was drawn.
+    """
+    return len(losses) > 2 and min(losses[-2:]) > (1 - _GAIN) * min(losses[:-2])
+
+
+def rank_has_plateaued(used: Sequence[float]) -> bool:
+    """Whether the factors use most of their rank, or no more of it than before.
+
+    With ``u_i`` the stable rank ``||B A||_F^2 / ||B A||_2^2`` after the i-th round since the last accumulation,
+    relative to the rank that the factors can have, mean over the layers (between 0 and 1)::
+
+        u_n > 3 / 4    or    max(u_{n-1}, u_n) < (1 + 0.02) max(u_1 .. u_{n-2})
+
+    the latter for ``n >= 3``. A scale of the factors changes nothing. Factors of rank 1 always use it all.
+    """
+    return used[-1] > 0.75 or (len(used) > 2 and max(used[-2:]) < (1 + _GAIN) * max(used[:-2]))
+
+
+_HAS_PLATEAUED = {"loss": loss_has_plateaued, "rank": rank_has_plateaued}
 
 
 @dataclass(frozen=True)

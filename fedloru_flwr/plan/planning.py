@@ -12,7 +12,7 @@ from typing import Any
 
 from fedloru_flwr.config import ConfigError, RunConfig, name_to_key, read_config_file
 from fedloru_flwr.job import build_strategy, run_options
-from fedloru_flwr.lowrank import FactorisedLayer
+from fedloru_flwr.lowrank import LEAST_APART, FactorisedLayer
 from fedloru_flwr.models.layout import shapes, shared_keys
 from fedloru_flwr.plan.memory import ClientMemory, ServerMemory, client_memory, server_memory
 from fedloru_flwr.plan.rehearsal import CatchUp, PlannedRound, Rehearsal
@@ -255,8 +255,19 @@ def plan(
         model_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         methods=tuple(methods),
         refused=refused,
-        assumptions=(*_ALWAYS, *subject.assumptions, *_unknown(activations)),
+        assumptions=(*_ALWAYS, *_of_settings(checked), *subject.assumptions, *_unknown(activations)),
     )
+
+
+def _of_settings(config: RunConfig) -> Iterator[str]:
+    """What depends on how training goes."""
+    if config.accumulate_when:
+        yield (
+            f"accumulate-when = {config.accumulate_when!r} finds a plateau every {LEAST_APART} rounds, as often as it "
+            "can: the run may accumulate less often, and then sends fewer entries"
+        )
+    if config.target_accuracy:
+        yield f"target-accuracy = {config.target_accuracy:g} is not reached: the round that reaches it ends the run"
 
 
 def _for_method(config: RunConfig, algorithm: str) -> tuple[dict[str, object], tuple[str, ...]]:
@@ -265,7 +276,7 @@ def _for_method(config: RunConfig, algorithm: str) -> tuple[dict[str, object], t
     without = set(row.foreign)
     strategy: Any = row.strategy
     if row.factorised and strategy.accumulation.refused:
-        without |= {"accumulate_every", "accumulate_at", "reinit", "accumulate_into"}
+        without |= {"accumulate_every", "accumulate_at", "accumulate_when", "reinit", "accumulate_into"}
     if row.factorised and (strategy.fixed_form or strategy.form == "hadamard"):
         without.add("adapter")
     mapping: dict[str, object] = dict(config.as_mapping())
@@ -286,6 +297,7 @@ def _method_plan(
     left_out: tuple[str, ...],
 ) -> MethodPlan:
     strategy = build_strategy(config, subject.model, **run_options(config))
+    strategy.schedule = strategy.schedule.most_often()
     cast = subject.cast(config, strategy, importlib.metadata.version("fedloru-flwr"))
     rehearsal = Rehearsal(strategy, cast, config.num_server_rounds, subject.equals)
     rounds = tuple(rehearsal.rounds())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedloru_flwr.lowrank import FactorisedLayer, as_pair
+from fedloru_flwr.lowrank.compress import core
 from fedloru_flwr.lowrank.factors import has_product, single_thread
 
 Scaled = tuple[Mapping[str, Tensor], float]  # an adapter and its scale
@@ -97,7 +98,7 @@ def matrix_rank(matrix: Tensor) -> MatrixRank:
 def product_rank(b: Tensor, a: Tensor) -> MatrixRank:
     """The ranks of ``B A`` of ``B (out, R)`` and ``A (R, in)``, formed only where that is the smaller matrix."""
     with single_thread():
-        return rank_of_values(torch.linalg.svdvals(_core(b.double(), a.double())))
+        return rank_of_values(torch.linalg.svdvals(core(b.double(), a.double())))
 
 
 def ledger_ranks(layer: FactorisedLayer, entries: Sequence[Scaled]) -> list[EntryShare]:
@@ -139,17 +140,8 @@ def ledger_ranks(layer: FactorisedLayer, entries: Sequence[Scaled]) -> list[Entr
     return found
 
 
-def _core(b: Tensor, a: Tensor) -> Tensor:
-    """A matrix with the singular values of ``B A``."""
-    if b.shape[1] >= min(b.shape[0], a.shape[1]):
-        return b @ a
-    left, right = (torch.linalg.qr(one, mode="r").R for one in (b, a.T))
-    core: Tensor = left @ right.T
-    return core
-
-
 def _norm(b: Tensor, a: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(_core(b, a))) if b.numel() and a.numel() else 0.0
+    return float(torch.linalg.matrix_norm(core(b, a))) if b.numel() and a.numel() else 0.0
 
 
 def _basis(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

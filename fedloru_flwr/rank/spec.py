@@ -202,9 +202,13 @@ class _Reader:
                 check_init_adapter(config)
             except ConfigError as error:
                 raise self._fault(where, str(error)) from None
-            if config.max_total_bytes:
-                told = f"max-total-bytes = {config.max_total_bytes} would end the training before all is measured"
-                raise self._fault(where, f"{told}: leave it out")
+            for key, limit in (
+                ("max-total-bytes", config.max_total_bytes),
+                ("target-accuracy", config.target_accuracy),
+            ):
+                if limit:
+                    told = f"{key} = {limit} would end the training before all is measured"
+                    raise self._fault(where, f"{told}: leave it out")
             if config.dataset == "clients":
                 raise self._fault(where, "dataset = 'clients' is for a deployment; an analysis needs the data here")
             if not ALGORITHMS[config.algorithm].strategy.has_global_model:

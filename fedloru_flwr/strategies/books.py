@@ -227,6 +227,11 @@ class Books:
         )
         self._tracking.begin(self._run, self._run.read_manifest().get("config") or settings)
 
+    @property
+    def accuracy(self) -> float | None:
+        """Of the last round; None where it was not evaluated."""
+        return (self._previous or {}).get("accuracy")
+
     def start_round(self, server_round: int, num_clients: int) -> None:
         """Tell that a round's messages go out."""
         if self.observer is not None:

@@ -34,6 +34,7 @@ from fedloru_flwr.lowrank import (
     aggregation_errors,
     derive_seed,
     digest_tensors,
+    stable_rank,
     weighted_mean,
 )
 from fedloru_flwr.lowrank.factors import rank_bound
@@ -89,6 +90,7 @@ class CommonOptions(TypedDict, total=False):
     evaluate_all_at_end: bool
     measure_aggregation: bool
     max_total_bytes: int
+    target_accuracy: float
     uplink_codec: str
     downlink_codec: str
     error_feedback: bool | None
@@ -155,6 +157,7 @@ class FederatedStrategy(Strategy):
         measure_aggregation: note the aggregation error of every layer and round.
         max_total_bytes: the round in which all bytes of the run, up and down, reach this number is its last one, and
             the run's status is ``stopped``; 0: no limit.
+        target_accuracy: so is the round whose ``accuracy``, the central or else the clients', reaches this; 0: none.
         uplink_codec: of what clients send, see `CodecSchedule`: ``"int8"``, ``"topk:0.05+int4"``, or one that changes
             over the rounds, ``"int4, 100: int8"``.
         downlink_codec: of what the server sends and, but for ``topk``, of what it accumulates, which is coded once and
@@ -207,6 +210,7 @@ class FederatedStrategy(Strategy):
         evaluate_all_at_end: bool = False,
         measure_aggregation: bool = True,
         max_total_bytes: int = 0,
+        target_accuracy: float = 0.0,
         uplink_codec: str = "float32",
         downlink_codec: str = "float32",
         error_feedback: bool | None = None,
@@ -232,7 +236,11 @@ class FederatedStrategy(Strategy):
         for name, every in (("checkpoint_every", checkpoint_every), ("evaluate_every", evaluate_every)):
             if every < 1:
                 raise ValueError(f"{name} must be at least 1 round, got {every}")
-        for name, number in (("proximal_mu", proximal_mu), ("max_norm_ratio", max_norm_ratio)):
+        for name, number in (
+            ("proximal_mu", proximal_mu),
+            ("max_norm_ratio", max_norm_ratio),
+            ("target_accuracy", target_accuracy),
+        ):
             if not 0.0 <= number < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {number}")
         if max_total_bytes < 0:
@@ -270,6 +278,7 @@ class FederatedStrategy(Strategy):
         self.ranks = ranks or RankMap(None, settings.rank)
         self.proximal_mu = proximal_mu
         self.scaffold = scaffold
+        self.target_accuracy = target_accuracy
         self.uplink = CodecSchedule.parse(uplink_codec)
         self.downlink = CodecSchedule.parse(downlink_codec)
         can_feed_back = not self.uplink.is_exact and "feedback" not in self.refused
@@ -368,6 +377,11 @@ class FederatedStrategy(Strategy):
                 f"{type(self.inner.strategy).__name__} cannot be combined with codecs: its mod on the clients clips "
                 "plain tensors, and finds coded ones; let the server clip (DifferentialPrivacyServerSide...)"
             )
+        if self.inner.is_private() and self.schedule.when == "loss":
+            raise ValueError(
+                f"{type(self.inner.strategy).__name__} cannot be combined with accumulate_when='loss': when the model "
+                "changes would tell of the clients' losses, which no noise covers; use 'rank'"
+            )
         if self.inner.is_private() and self.feedback:
             raise ValueError(
                 f"{type(self.inner.strategy).__name__} cannot be combined with error feedback: what is clipped off "
@@ -379,6 +393,11 @@ class FederatedStrategy(Strategy):
                 f"{type(self.inner.strategy).__name__} cannot be combined with running statistics (of {names}): they "
                 "are averaged without clipping and noise, and would tell of the clients' data; use GroupNorm instead "
                 "of BatchNorm"
+            )
+        if self.target_accuracy and not self.has_global_model:
+            raise ValueError(
+                f"{type(self).__name__} cannot be combined with target_accuracy={self.target_accuracy:g}: it has no "
+                "global model whose accuracy could reach it"
             )
         asked = {
             "inner": None if self.inner.is_plain() else f"inner={type(self.inner.strategy).__name__}",
@@ -472,6 +491,11 @@ class FederatedStrategy(Strategy):
         """
         if num_rounds < 1:
             raise ValueError(f"num_rounds must be at least 1, got {num_rounds}")
+        if self.target_accuracy and evaluate_fn is None and not self.fraction_evaluate:
+            raise ValueError(
+                f"target_accuracy={self.target_accuracy:g} needs an accuracy: give an evaluate_fn, or a "
+                "fraction_evaluate above 0"
+            )
         self._load_initial(initial_arrays)
         self.summary()
         if self._keeps_replies:
@@ -506,12 +530,13 @@ class FederatedStrategy(Strategy):
     ) -> None:
         result = self.books.result
         started = time.monotonic()
-        if not any(self.schedule.due(t) for t in range(1, num_rounds + 1)) and self.schedule.accumulates:
+        often = self.schedule.most_often()
+        if often.accumulates and not any(often.due(t) for t in range(1, num_rounds + 1)):
             log(WARNING, "no accumulation falls into the %d rounds of this run", num_rounds)
         if self.state.server_round == 0 and evaluate_fn is not None and self.has_global_model:
-            self._record({"round": 0}, evaluate_fn, num_rounds, started)
-        if self._is_spent():
-            self._tell_spent()  # a run that is continued with the limit that has stopped it
+            self._record({"round": 0}, self._central(0, evaluate_fn), num_rounds, started)
+        if self._stop_reason():
+            self._tell_stop()  # a run that is continued with the limit that has stopped it
             return
         self._roster.wait(grid, self.num_clients, self._min_available, timeout)
         for server_round in range(self.state.server_round + 1, num_rounds + 1):
@@ -523,7 +548,8 @@ class FederatedStrategy(Strategy):
             if metrics is not None:
                 result.train_metrics_clientapp[server_round] = metrics
             result.arrays = wire.to_record(self.state.trainables)
-            last = server_round == num_rounds or self._is_spent()
+            central = self._central(server_round, evaluate_fn)
+            last = server_round == num_rounds or bool(self._stop_reason(_metric(central, "accuracy")))
             evaluated, clients = self._evaluate(grid, server_round, evaluate_config or ConfigRecord(), timeout, last)
             if evaluated is not None:
                 result.evaluate_metrics_clientapp[server_round] = evaluated
@@ -546,29 +572,28 @@ class FederatedStrategy(Strategy):
             if lost := [client for client, kept in exchange.good.items() if kept.reply.lost_state]:
                 row["states_lost"] = lost
                 log(WARNING, "round %d: these have lost what they kept of their own: %s", server_round, ", ".join(lost))
-            self._record(row, evaluate_fn, num_rounds, started, begun)
+            self._record(row, central, num_rounds, started, begun)
             self._remember()
             self._stop_if_too_many_failed(server_round, exchange)
-            ends = server_round == num_rounds or self._is_spent()
+            ends = server_round == num_rounds or bool(self._stop_reason())
             if server_round % self.checkpoint_every == 0 or ends or self._just_accumulated:
                 self.books.checkpoint(self._whole, self._fingerprint())
             if ends and server_round < num_rounds:
-                self._tell_spent()
+                self._tell_stop()
                 return
 
-    def _is_spent(self) -> bool:
-        """Whether the bill has reached its limit, with what this round has sent so far."""
+    def _stop_reason(self, accuracy: object = None) -> str:
+        """Why no round follows, with what this one has sent and, where it is known, its accuracy; empty: one may."""
         spent = self.books.total_bytes + self._bill.total("up") + self._bill.total("down")
-        return 0 < self.max_total_bytes <= spent
+        if 0 < self.max_total_bytes <= spent:
+            return f"max-total-bytes = {self.max_total_bytes}: {spent} bytes have been sent"
+        accuracy = self.books.accuracy if accuracy is None else accuracy
+        if isinstance(accuracy, int | float) and 0 < self.target_accuracy <= accuracy:
+            return f"target-accuracy = {self.target_accuracy:g}: the accuracy is {accuracy:g}"
+        return ""
 
-    def _tell_spent(self) -> None:
-        log(
-            INFO,
-            "stopped after round %d: %d bytes have been sent, max-total-bytes is %d",
-            self.state.server_round,
-            self.books.total_bytes,
-            self.max_total_bytes,
-        )
+    def _tell_stop(self) -> None:
+        log(INFO, "stopped after round %d: %s", self.state.server_round, self._stop_reason())
 
     # --- Flower's hooks, which only a foreign wrapper would call --------------------------------------------------
 
@@ -627,20 +652,23 @@ class FederatedStrategy(Strategy):
         if outcome is not None and self.scaffold:
             self._memory.examples |= {client: self._weight(kept.reply) for client, kept in exchange.good.items()}
             self.state = replace(self.state, control=control.with_changes(self.state.control, changes))
+        progress = self._progress(server_round, outcome, metrics)
+        due = self.schedule.due(server_round, progress)
         self.state = step(
             self.state,
             server_round,
             outcome,
             statistics,
             plan=self.plan,
-            accumulate_now=self.schedule.due(server_round),
+            accumulate_now=due,
             reinit=self.reinit,
             seed=self.seed,
             codec=self._entry_codec(server_round),
+            progress=progress,
         )
         if self.state.draw > before.draw:
             self.inner.restart(list(self.state.trainables), set(self.plan.factor_keys))
-        self._just_accumulated = self.schedule.due(server_round) and self.state.ledger.version > before.ledger.version
+        self._just_accumulated = due and self.state.ledger.version > before.ledger.version
         if outcome is not None:
             self._memory.counted |= dict.fromkeys(exchange.good, server_round)
         told = {layer for kept in exchange.good.values() for layer in kept.reply.silent_layers}
@@ -654,6 +682,22 @@ class FederatedStrategy(Strategy):
         """Of what is accumulated: the downlink's, but all of it."""
         codec = replace(self.downlink.at(server_round), keep=1.0)
         return None if codec.is_exact else codec
+
+    def _progress(self, server_round: int, outcome: Outcome | None, metrics: MetricRecord | None) -> tuple[float, ...]:
+        """What the schedule waits for, after each round with a result since the last accumulation."""
+        before, layers = self.state.progress, self.plan.adapted
+        if not self.schedule.when or outcome is None or not layers:
+            return before
+        if self.schedule.when == "rank":
+            whole = self.plan.whole(outcome.trainables, self.seed, self.state.draw)
+            return *before, statistics.fmean(stable_rank(one, whole) / rank_bound(one, whole) for one in layers)
+        loss = _metric(metrics, "train_loss", "train-loss")
+        if not isinstance(loss, int | float):
+            raise AggregationError(
+                f"round {server_round}: accumulate_when='loss' waits for the metric train_loss of the clients' "
+                f"replies, which have {', '.join(metrics or ()) or 'none'}"
+            )
+        return *before, float(loss)
 
     def _aggregate(self, server_round: int, exchange: Exchange) -> _Aggregate:
         """What comes of a round's good replies."""
@@ -989,23 +1033,25 @@ class FederatedStrategy(Strategy):
         self.state, self._memory, moments = self._whole
         self.inner.write_state(moments, list(self.state.trainables))
 
+    def _central(self, server_round: int, evaluate_fn: EvaluateFunction | None) -> MetricRecord | None:
+        """What the server's own evaluation says."""
+        if evaluate_fn is None or not self.has_global_model:
+            return None
+        return evaluate_fn(server_round, wire.to_record(self.state.trainables))
+
     def _record(
         self,
         row: dict[str, Any],
-        evaluate_fn: EvaluateFunction | None,
+        central: MetricRecord | None,
         num_rounds: int,
         started: float,
         begun: float | None = None,
     ) -> None:
-        """Evaluate centrally, close the round's books and tell everybody."""
-        server_round = row["round"]
-        central = None
-        if evaluate_fn is not None and self.has_global_model:
-            central = evaluate_fn(server_round, wire.to_record(self.state.trainables))
+        """Close the round's books and tell everybody."""
         for name in ("accuracy", "loss"):
             row[name] = row.get(name) if central is None else central.get(name, row.get(name))
         if central is not None:
-            self.books.result.evaluate_metrics_serverapp[server_round] = central
+            self.books.result.evaluate_metrics_serverapp[row["round"]] = central
             others = {name: value for name, value in central.items() if name not in ("accuracy", "loss")}
             if others:
                 row["metrics"] = others
@@ -1064,6 +1110,7 @@ class FederatedStrategy(Strategy):
             "accumulate_into": self.settings.accumulate_into,
             "accumulate_every": self.schedule.every,
             "accumulate_at": sorted(self.schedule.at),
+            "accumulate_when": self.schedule.when,
             "num_clients": self.num_clients,
             "fraction_train": self.fraction_train,
             "min_train_nodes": self._at_least["train"],
@@ -1099,6 +1146,8 @@ class FederatedStrategy(Strategy):
             "model_parameters": sum(parameter.numel() for parameter in self._model.parameters()),
             "status": status,
         }
+        if status == "stopped":
+            facts["stopped_because"] = self._stop_reason()
         if error is not None:
             facts["error"] = f"{type(error).__name__}: {error}"
         self.books.close(self.state, self.merged_state_dict(), self._full_bytes(), facts)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Unpack
 
 from fedloru_flwr import wire
-from fedloru_flwr.lowrank import AccumulationSchedule
+from fedloru_flwr.lowrank import AccumulationSchedule, When
 from fedloru_flwr.lowrank.forms import Family, Form
 from fedloru_flwr.models.plan import PlanError, TargetModules, as_names
 from fedloru_flwr.strategies.federated import CommonOptions, FederatedStrategy, ModelSource
@@ -20,10 +20,12 @@ class Accumulation:
     Attributes:
         every: ``tau`` where the user does not say; 0: it does not unless the user says so.
         refused: why it cannot be told to; empty if it can.
+        fixed: why it can at rounds that are known before alone; empty if not.
     """
 
     every: int = 0
     refused: str = ""
+    fixed: str = ""
 
 
 class LowRankStrategy(FederatedStrategy):
@@ -35,6 +37,8 @@ class LowRankStrategy(FederatedStrategy):
         alpha: LoRA's alpha; the scale is ``s = alpha / r``, the same for every client, whatever its rank.
         accumulate_every: ``tau``, in rounds; 0 for the method's own default.
         accumulate_at: accumulate after exactly these rounds instead: numbers, or a text such as ``"50,100"``.
+        accumulate_when: ``"loss"`` or ``"rank"``: accumulate as soon as the training loss, or the use of the rank, has
+            plateaued, at most ``accumulate_every`` rounds apart; ``""``: at fixed rounds. See `AccumulationSchedule`.
         reinit: ``"reset"`` draws fresh factors with a product of zero, so that an accumulation does not change the
             function (exact); ``"keep"`` carries on with the old ones, whose product then counts twice (what the
             authors' published command does).
@@ -67,6 +71,7 @@ class LowRankStrategy(FederatedStrategy):
         alpha: float = 4.0,
         accumulate_every: int = 0,
         accumulate_at: Sequence[int] | str | None = None,
+        accumulate_when: When = "",
         reinit: Reinit = "reset",
         accumulate_into: Literal["merge", "stack"] = "merge",
         adapter: Family | None = None,
@@ -93,7 +98,7 @@ class LowRankStrategy(FederatedStrategy):
             weighted_by=weighted_by_key,
             options=options,
         )
-        schedule = self._schedule(accumulate_every, accumulate_at)
+        schedule = self._schedule(accumulate_every, accumulate_at, accumulate_when)
         if settings.form == "hadamard" and accumulate_into == "stack" and schedule.accumulates:
             raise ValueError(
                 f"{type(self).__name__} cannot hold accumulated Hadamard products beside W (PEFT's LoHa layers take no "
@@ -114,13 +119,24 @@ class LowRankStrategy(FederatedStrategy):
             raise ValueError(f"{type(self).__name__} cannot have adapter='loha': {self.fixed_form}")
         return "hadamard"
 
-    def _schedule(self, every: int, at: Sequence[int] | str | None) -> AccumulationSchedule:
+    def _schedule(self, every: int, at: Sequence[int] | str | None, when: When) -> AccumulationSchedule:
         if every < 0:
             raise ValueError(f"accumulate_every must be at least 1 round (0 for the method's own), got {every}")
-        if (every or at) and self.accumulation.refused:
+        if (every or at or when) and self.accumulation.refused:
             raise ValueError(f"{type(self).__name__} cannot accumulate: {self.accumulation.refused}")
+        if when and self.accumulation.fixed:
+            raise ValueError(f"{type(self).__name__} cannot have accumulate_when={when!r}: {self.accumulation.fixed}")
+        if at and when:
+            raise ValueError(f"accumulate_at and accumulate_when={when!r} exclude each other: give one of them")
         if at:
             listed = at.split(",") if isinstance(at, str) else at
             return AccumulationSchedule.listed(int(part) for part in listed)
         every = every or self.accumulation.every
+        if when and not every:
+            raise ValueError(
+                f"{type(self).__name__} does not accumulate by itself: accumulate_when={when!r} needs "
+                "accumulate_every, the most rounds between two accumulations"
+            )
+        if when:
+            return AccumulationSchedule.adaptive(when, every)
         return AccumulationSchedule.periodic(every) if every else AccumulationSchedule.never()

@@ -9,21 +9,22 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from fedloru_flwr import wire
-from fedloru_flwr.lowrank import AccumulationSchedule
-from fedloru_flwr.strategies.lowrank import LowRankStrategy
+from fedloru_flwr.lowrank import AccumulationSchedule, When
+from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
 
 
 class RoLoRA(LowRankStrategy):
     """For the arguments see `LowRankStrategy`; after an accumulation ``B`` is trained first again."""
 
     algorithm = "rolora"
+    accumulation = Accumulation(fixed="which half of a pair a round trains is counted from the last accumulation")
     fixed_form = "a Hadamard product has four parts; RoLoRA alternates between the two of a pair"
     refused: ClassVar[Mapping[str, str]] = {"ranks": "averaging needs factors of one shape"}
 
-    def _schedule(self, every: int, at: Sequence[int] | str | None) -> AccumulationSchedule:
+    def _schedule(self, every: int, at: Sequence[int] | str | None, when: When) -> AccumulationSchedule:
         if every == 1:
             raise ValueError("RoLoRA cannot accumulate every round: it takes two to train both halves of a pair")
-        return super()._schedule(every, at)
+        return super()._schedule(every, at, when)
 
     def _half(self, server_round: int) -> wire.Half:
         # B first, also after a restart: while it is zero, A gets no gradient.

@@ -31,6 +31,7 @@ class ServerState:
         ledger: what has been accumulated.
         draw: the number of times the factors have been drawn anew.
         control: SCAFFOLD's ``c`` by key; what is missing is zero.
+        progress: what an accumulation waits for, after each round since the last one; see `AccumulationSchedule.due`.
     """
 
     server_round: int
@@ -41,6 +42,7 @@ class ServerState:
     draw: int = 0
     control: Mapping[str, Tensor] = field(default_factory=dict)
     chain: Chain | None = None
+    progress: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def step(
     reinit: Reinit,
     seed: int,
     codec: Codec | None = None,
+    progress: tuple[float, ...] = (),
 ) -> ServerState:
     r"""Take the round's aggregate as the truth and, if due, accumulate it: ``W <- W + s B A``.
 
@@ -103,6 +106,7 @@ def step(
         seed: of the fresh factors.
         codec: by which what is accumulated is coded, once and for everybody; None: it is not. Then an accumulation
             changes the function by what the codec leaves out.
+        progress: the state's with this round's; an accumulation begins it anew.
     """
     if outcome is None:
         return replace(state, server_round=server_round)
@@ -116,6 +120,7 @@ def step(
     if accumulates:
         adapter = {key: trainables[key] for key in plan.factor_keys}
         after = _append(after, adapter, plan.scale, plan, seed, codec)
+    after = replace(after, progress=() if accumulates else progress)
     if outcome.restart or (accumulates and reinit == "reset"):
         draw = state.draw + 1
         fresh = fresh_factors(state.base, plan, seed, draw)
@@ -159,6 +164,7 @@ def state_to_checkpoint(
     entries = {entry.digest: entry.tensors() for entry in state.ledger.entries}
     links = [entry.link() for entry in state.ledger.entries]
     saved = {"root": state.ledger.root, "entries": links, "draw": state.draw, "order": list(state.trainables)}
+    saved["progress"] = list(state.progress)
     if state.chain is not None:
         tensors |= {f"chain/{name}": tensor for name, tensor in state.chain.y.items()}
         tensors |= {f"steps/{i}": as_tensor(step.data) for i, (_, step) in enumerate(state.chain.steps)}
@@ -193,6 +199,7 @@ def state_from_checkpoint(
         saved["draw"],
         part("control/"),
         _chain(saved["chain"], saved["order"], part) if saved.get("chain") else None,
+        tuple(saved["progress"]),
     )
 
 

@@ -68,6 +68,36 @@ def test_final_best_bytes_and_bytes_a_client():
     assert (one.up, one.down, one.clients) == (300.0, 600.0, 10)
 
 
+def end(accuracies, up, down=0):
+    return curve([record(accuracies, up=up, down=down)], "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("lines", "up", "both"),
+    [
+        ([end([0.1, 0.9], 9), end([0.1, 0.5], 1)], {0, 1}, {0, 1}),
+        ([end([0.1, 0.5], 9), end([0.1, 0.5], 1)], {1}, {1}),  # as good, with fewer bytes
+        ([end([0.1, 0.9], 1), end([0.1, 0.5], 1)], {0}, {0}),  # better, with as many
+        ([end([0.1, 0.5], 1), end([0.1, 0.5], 1)], {0, 1}, {0, 1}),  # equal
+        ([end([0.1, 0.9], 9, 1), end([0.1, 0.5], 1, 90)], {0, 1}, {0}),
+        ([end([0.1, 0.6, 0.9], 2), end([0.1, 0.5], 3)], {0}, {0}),  # the first was there in its first round
+        ([end([0.1, 0.6, 0.4], 2), end([0.1, 0.5], 5)], {0}, {0}),  # and fell below it later
+        ([end([0.1, 0.9], 9), curve([], "accuracy")], set(), set()),
+        ([end([0.1, 0.9], 9)], set(), set()),
+    ],
+)
+def test_on_the_front_is_what_no_other_has_been_as_good_as_with_fewer_bytes(lines, up, both):
+    assert measures.front(lines, "up") == up
+    assert measures.front(lines, "all") == both
+
+
+def test_the_front_is_of_means_over_the_seeds():
+    """The cheaper method is as good with one of its seeds, and not in the mean."""
+    dear = curve([record([0.1, 0.6], up=9), record([0.1, 0.6], up=9, seed=1)], "accuracy")
+    cheap = curve([record([0.1, 0.9], up=1), record([0.1, 0.1], up=3, seed=1)], "accuracy")
+    assert measures.front([dear, cheap], "up") == {0, 1}
+
+
 def test_failed_runs_count_in_no_mean():
     settings = record([0.1], seed=1).settings
     failed = measures.Record.of_rows(settings, rows([0.1, 0.3], 7_000_000), reason="no")

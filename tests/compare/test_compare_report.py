@@ -148,16 +148,14 @@ def test_the_tables_hold_the_numbers():
         ("personal accuracy", "own: 0.800 | own: 0.500 | own: 0.800 | own: 2.00 MB"),
     ):
         assert f"| num-clients = 10, {which} | {what} | - |" in text.splitlines()
-    assert (
-        "| num-clients = 10 | fedavg | **0.900 ± 0.000** | **0.900 ± 0.000** | - | 8.00 | 8.00 | 0.800 | 0.800 | 2 |"
-        in lines
-    )
-    assert "| num-clients = 10 | own | - | - | 0.800 | 4.00 | 0 | 0.400 | 0 | 1 of 2 |" in lines
+    (fedavg,) = [line for line in lines if line.startswith("| num-clients = 10 | fedavg | **0.900 ± 0.000** |")]
+    assert fedavg.endswith("| **0.900 ± 0.000** | - | 8.00 | 8.00 | 0.800 | 0.800 | up, in all | 2 |")
+    assert "| num-clients = 10 | own | - | - | 0.800 | 4.00 | 0 | 0.400 | 0 | - | 1 of 2 |" in lines
     # At 2 MB up the cheap method has all its rounds, the dear one none.
     assert "| num-clients = 10 | fedavg | 0.100 ± 0.000 ‡ | **0.900 ± 0.000 †** |" in lines
     assert "| num-clients = 10 | Low, rank 2 | **0.700 ± 0.000 †** | 0.700 ± 0.000 † |" in lines
     # The mean over the seeds is 0.45 after round 1.
-    assert "| num-clients = 10 | Low, rank 2 | 2 | **2.00** | **2.00** | not reached | - | - |" in lines
+    assert "| num-clients = 10 | Low, rank 2 | 2 | **2.00** | **0** | **2.00** | not reached | - | - | - |" in lines
     assert "| num-clients = 10 | own | - | - | - | 0.800 | 0.050 | 0.500 |" in lines
     assert "| num-clients = 10 | fedavg | 0 | 0 | 0 |" in lines
     assert "| num-clients = 10 | Low, rank 2 | 0.3 | 0.1 | 0.5 |" in lines
@@ -233,6 +231,89 @@ def test_comparisons_are_joined():
     assert (whole.targets, whole.budgets_mb, whole.seeds) == ([0.5, 0.9], [1, 2], [0, 1])
     assert whole.labels == {"a": "a", "b": "b", "b (second)": "b (second)", "c": "c"}
     assert {row.method: sorted(row.runs) for row in whole.rows} == {"a": [0, 1], "b": [0], "b (second)": [0], "c": [0]}
+
+
+def relative():
+    """Whose best is 0.8 in round 1 of 20 clients and 0.6 of 50, by the mean of the seeds."""
+    axes, rows_of = {"num-clients": [20, 50]}, []
+    for number, top in ((20, 0.8), (50, 0.6)):
+        at = {"num-clients": number}
+        full = {s: record([0.1, top + s / 10, 0.4], 4_000_000, 1_000_000, seed=s, **as_key(at)) for s in (0, 1)}
+        full[0].accuracy[1] -= 0.1  # one seed alone is better in another round
+        full[0].accuracy[2] = 0.95 if number == 20 else 0.4
+        low = {s: record([0.1, 0.5, top - 0.02, 0.9], 1_000_000, 3_000_000, seed=s, **as_key(at)) for s in (0, 1)}
+        rows_of += [Row("full", at, {}, full), Row("low", at, {}, low)]
+    whole = results({"full": {}, "low": {}}, axes=axes, targets=[0.5], budgets=[2])
+    whole.rows, whole.labels["full"] = rows_of, "Full rank"
+    whole.below_best = [{"best_of": "full", "minus": 0.03}]
+    return whole
+
+
+def test_a_target_below_a_methods_best_is_its_best_mean_less_that_at_each_place():
+    comparison = Comparison(relative())
+    values = [target.value for group in (0, 1) for target in comparison.targets(group, "accuracy")]
+    assert values == pytest.approx([0.5, 0.77, 0.5, 0.57])
+    assert [target.value for target in comparison.targets(0, "personal")] == [0.5, None]
+    text = markdown(comparison)
+    for part in (
+        "Full rank's best - 0.03 is 0.7700 (num-clients = 20). Full rank's best - 0.03 is 0.5700 (num-clients = 50).",
+        "| rounds to Full rank's best - 0.03 | MB up to Full rank's best - 0.03 | MB down to Full rank's best - 0.03 |",
+        "fewest MB up to Full rank's best - 0.03 |",
+        "| num-clients = 20 | low | **1** | **1.00** |",
+        "| 2 | **2.00** | 6.00 | 8.00 |",
+    ):
+        assert part in text, part
+    low = list(csv.DictReader(io.StringIO(as_csv(comparison))))[1]
+    assert float(low["accuracy_full_best-0.03"]) == pytest.approx(0.77)
+    assert [low[f"{what}_to_accuracy_full_best-0.03"] for what in ("rounds", "bytes_up", "bytes_down")] == [
+        "2",
+        "2000000",
+        "6000000",
+    ]
+
+
+def test_a_target_below_the_best_of_a_method_without_runs_is_not_known():
+    whole = relative()
+    for row in whole.rows[::2]:
+        row.runs = {seed: Record.failed(run.settings, "no") for seed, run in row.runs.items()}
+    comparison = Comparison(whole)
+    assert [target.value for target in comparison.targets(0, "accuracy")] == [0.5, None]
+    assert "Full rank's best - 0.03 is unknown (num-clients = 20)." in markdown(comparison)
+    assert html(comparison)
+
+
+def test_comparisons_that_are_joined_keep_their_targets_below_a_best(tmp_path):
+    one, two = relative(), relative()
+    two.below_best = [{"best_of": "full", "minus": 0.03}, {"best_of": "low", "minus": 0.0}]
+    one.write(tmp_path)
+    joined = join([("first", Results.read(tmp_path)), ("second", two)])
+    assert joined.below_best == two.below_best
+    assert [target.name for target in Comparison(joined).targets(0, "accuracy")] == [
+        "0.5",
+        "Full rank's best - 0.03",
+        "low's best",
+    ]
+
+
+def test_the_front_is_marked_in_table_csv_and_pictures():
+    found = {
+        "dear": {0: record([0.1, 0.5, 0.9], 8_000_000, 1_000_000)},
+        "cheap": {0: record([0.1, 0.3, 0.6], 1_000_000, 9_000_000)},
+        "passed": {0: record([0.1, 0.4, 0.5], 9_000_000, 9_000_000)},
+    }
+    comparison = Comparison(results(found))
+    text = markdown(comparison)
+    for method, marked in (("dear", "up, in all"), ("cheap", "up"), ("passed", NONE)):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {method} |") and "| 1 |" in line[-6:]]
+        assert line.endswith(f"| {marked} | 1 |")
+    lines = list(csv.DictReader(io.StringIO(as_csv(comparison))))
+    assert [(line["front_up"], line["front_all"]) for line in lines] == [("1", "1"), ("1", "0"), ("0", "0")]
+    drawn = {chart.title: chart for chart in charts.accuracy_charts(comparison, "accuracy")}
+    assert drawn["Accuracy against bytes"].alt.endswith(" On the Pareto front: cheap, dear.")
+    assert drawn["Accuracy against all bytes"].alt.endswith(" On the Pareto front: dear.")
+    assert "front" not in drawn["Accuracy against rounds"].alt
+    alone = Comparison(results({"dear": found["dear"]}))
+    assert not any("front" in chart.alt for chart in charts.accuracy_charts(alone, "accuracy"))
 
 
 def test_what_one_comparison_varies_is_an_axis_of_all():

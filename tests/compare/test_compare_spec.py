@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedloru_flwr.compare.spec import describe, parse_spec, read_spec
+from fedloru_flwr.compare.spec import BelowBest, describe, parse_spec, read_spec
 from fedloru_flwr.config import ConfigError
 
 GOOD = """
@@ -146,6 +146,30 @@ FAULTS = {
         changed("target-accuracy = 0.9", "target-accuracy = 90"),
         "target-accuracy = [90] must be numbers above 0",
     ),
+    "target of nobody": (
+        changed("target-accuracy = 0.9", 'target-accuracy = { best-of = "fedavgg", minus = 0.01 }'),
+        "[target-accuracy] best-of = 'fedavgg' is not a method: fedloru, fedavg; did you mean 'fedavg'?",
+    ),
+    "target of a list": (
+        changed("target-accuracy = 0.9", 'target-accuracy = { best-of = ["fedavg"] }'),
+        "[target-accuracy] best-of = ['fedavg'] is not a method",
+    ),
+    "target without a method": (
+        changed("target-accuracy = 0.9", "target-accuracy = [0.9, { minus = 0.01 }]"),
+        "[target-accuracy] best-of = None is not a method",
+    ),
+    "target too far below": (
+        changed("target-accuracy = 0.9", 'target-accuracy = [{ best-of = "fedavg", minus = 1 }]'),
+        "[target-accuracy] minus = 1 must be a number of at least 0 and below 1",
+    ),
+    "target with more": (
+        changed("target-accuracy = 0.9", 'target-accuracy = { best-of = "fedavg", points = 1 }'),
+        "[target-accuracy] unknown key 'points'",
+    ),
+    "target of a run": (
+        changed("num-server-rounds = 60", "target-accuracy = 0.5"),
+        "[settings] target-accuracy = 0.5 cannot be set here: runs go to their end",
+    ),
     "budgets": (changed("budgets-mb = [5, 1]", "budgets-mb = [0]"), "budgets-mb = [0] must be numbers above 0"),
     "reference": (changed('reference = "fedavg"', 'reference = "fedavgg"'), "reference = 'fedavgg' is not a method"),
     "by": (changed("seeds = [100]", 'by = "accuracy"'), "[tuning] by = 'accuracy' is not one of final_accuracy"),
@@ -177,6 +201,21 @@ def test_bytes_to_a_target_need_a_target():
     content = {"methods": {"a": {}}, "tuning": {"by": "bytes_up_to_target"}}
     with pytest.raises(ConfigError, match="needs target-accuracy"):
         parse_spec(content, "name", "conf.toml")
+
+
+def test_bytes_to_a_target_cannot_be_tuned_for_one_that_the_results_set():
+    content = {"methods": {"a": {}}, "tuning": {"by": "bytes_up_to_target"}, "target-accuracy": {"best-of": "a"}}
+    with pytest.raises(ConfigError, match="needs target-accuracy to have a number: a target below a method's best is"):
+        parse_spec(content, "name", "conf.toml")
+
+
+def test_targets_may_be_numbers_and_below_a_methods_best():
+    below = {"best-of": "a", "minus": 0.01}
+    content = {"methods": {"a": {}}, "target-accuracy": [0.9, below, 0.5, {"best-of": "a"}, below]}
+    spec = parse_spec(content, "name", "conf.toml")
+    assert spec.targets == (0.5, 0.9)
+    assert spec.below_best == (BelowBest("a", 0.01), BelowBest("a", 0.0))
+    assert parse_spec({**content, "target-accuracy": below}, "name", "conf.toml").below_best == (BelowBest("a", 0.01),)
 
 
 def test_values_are_shown_as_in_toml():

@@ -9,6 +9,7 @@ from fedloru_flwr.lowrank import (
     join,
     product,
     relative_difference,
+    stable_rank,
 )
 
 LAYERS = [
@@ -89,3 +90,13 @@ def test_a_product_of_zero_has_no_error_and_a_rank_below_one_is_refused():
     assert compress(layer, zero, 1)[1] == 0
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         compress(layer, zero, 0)
+
+
+def test_the_stable_rank_is_that_of_the_product():
+    layer = FactorisedLayer("fc", "linear", (3, 3), 3)
+    adapter = {"fc.lora_A": torch.eye(3), "fc.lora_B": torch.diag(torch.tensor([3.0, 4.0, 12.0]))}
+    assert stable_rank(layer, adapter) == pytest.approx(169 / 144)
+    assert stable_rank(layer, {**adapter, "fc.lora_B": torch.zeros(3, 3)}) == 0.0
+    for layer in LAYERS:
+        values = torch.linalg.svdvals(layer.as_matrix(product(layer, pair(layer, 2))).double())
+        assert stable_rank(layer, pair(layer, 2)) == pytest.approx(float((values / values[0]).square().sum()), rel=1e-5)

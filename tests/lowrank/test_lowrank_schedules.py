@@ -1,6 +1,7 @@
 import pytest
 
-from fedloru_flwr.lowrank import AccumulationSchedule, LearningRateSchedule
+from fedloru_flwr.lowrank import LEAST_APART, AccumulationSchedule, LearningRateSchedule
+from fedloru_flwr.lowrank.schedules import loss_has_plateaued, rank_has_plateaued
 
 
 def rates(schedule: LearningRateSchedule, num_rounds: int, accumulation: AccumulationSchedule) -> list[float]:
@@ -87,3 +88,70 @@ def test_step_with_restart_begins_anew_after_each_accumulation() -> None:
     schedule = LearningRateSchedule("step", 0.1, restart=True)
     expected = [0.1, 0.01, 0.001] * 2
     assert rates(schedule, 6, AccumulationSchedule.periodic(3)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("losses", "plateaued"),
+    [
+        ([1.0], False),
+        ([1.0, 1.0], False),  # nothing yet that two rounds could be compared with
+        ([1.0, 1.0, 1.0], True),
+        ([1.0, 0.97, 0.99], False),  # one good round of the last two is enough
+        ([1.0, 0.99, 0.97], False),
+        ([1.0, 0.99, 0.985], True),
+        ([1.0, 0.5, 0.49, 0.495], False),  # 0.49 is two percent below 0.5
+        ([1.0, 0.5, 0.491, 0.495], True),
+        ([1.0, 2.0, 3.0], True),
+        ([2.0, 3.0, 1.0, 0.99, 0.99], True),
+    ],
+)
+def test_the_loss_has_plateaued_after_two_rounds_without_a_gain(losses: list[float], plateaued: bool) -> None:
+    for unit in (1.0, 1e-6, 1e6):
+        assert loss_has_plateaued([unit * loss for loss in losses]) is plateaued
+
+
+@pytest.mark.parametrize(
+    ("used", "plateaued"),
+    [
+        ([0.3], False),
+        ([0.76], True),
+        ([0.75], False),
+        ([0.3, 0.3], False),
+        ([0.3, 0.3, 0.3], True),
+        ([0.3, 0.305, 0.3], True),
+        ([0.3, 0.307, 0.3], False),
+        ([0.3, 0.29, 0.31], False),
+        ([0.4, 0.3, 0.2], True),
+        ([0.3, 0.6], False),
+        ([0.3, 0.8], True),
+    ],
+)
+def test_the_rank_has_plateaued_where_it_is_used_or_grows_no_more(used: list[float], plateaued: bool) -> None:
+    assert rank_has_plateaued(used) is plateaued
+
+
+def test_an_adaptive_schedule_waits_for_a_plateau_between_its_bounds() -> None:
+    schedule = AccumulationSchedule.adaptive("rank", 4)
+    assert schedule.accumulates
+    assert [schedule.due(9, [0.9] * n) for n in range(1, 4)] == [False, True, True]
+    assert LEAST_APART == 2
+    falling = [1.0, 0.5, 0.2, 0.1]
+    waits = AccumulationSchedule.adaptive("loss", 4)
+    assert [waits.due(n, falling[:n]) for n in range(1, 5)] == [False, False, False, True]
+    assert waits.due(3, [1.0, 1.0, 1.0])
+    assert not waits.due(4)  # nothing has been measured
+    assert waits.most_often() == AccumulationSchedule.periodic(2)
+    assert AccumulationSchedule.periodic(5).most_often() == AccumulationSchedule.periodic(5)
+
+
+@pytest.mark.parametrize(
+    ("when", "most", "told"),
+    [
+        ("loss", 2, "accumulate-when = 'loss' chooses between 2 rounds and accumulate-every, which must be at least 3"),
+        ("rank", 1, "at least 3, got 1"),
+        ("time", 9, "accumulate-when must be 'loss' or 'rank', got 'time'"),
+    ],
+)
+def test_an_adaptive_schedule_without_a_choice_is_refused(when, most: int, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        AccumulationSchedule.adaptive(when, most)

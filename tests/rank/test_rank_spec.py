@@ -61,6 +61,7 @@ def changed(table, **values):
         (changed("settings", rnak=1), "unknown key 'rnak'; did you mean 'rank'"),
         (changed("settings", dataset="clients", input_shape="1,8,8", num_classes=10), "needs the data here"),
         (changed("settings", max_total_bytes=9), "would end the training before all is measured"),
+        (changed("settings", target_accuracy=0.9), "target-accuracy = 0.9 would end the training before"),
         (changed("settings", init_adapter="none/there"), "is no directory"),
         (changed("trainings", own={"label": "FedLoRU "}), "two trainings have the label 'FedLoRU': give each one"),
         (changed("trainings", FedLoRU={}), "two trainings have the label 'FedLoRU'"),

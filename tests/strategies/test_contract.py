@@ -496,6 +496,7 @@ ASKED = {
     "loha": lambda: {"adapter": "loha"},
     "accumulate": lambda: {"accumulate_every": 2},
     "accumulate at": lambda: {"accumulate_at": "1,3"},
+    "accumulate when": lambda: {"accumulate_when": "rank", "accumulate_every": 3},
     "loha and stack": lambda: {"adapter": "loha", "accumulate_into": "stack", "accumulate_every": 2},
     "accumulate and stack": lambda: {"accumulate_into": "stack", "accumulate_every": 2},
     "proximal": lambda: {"proximal_mu": 0.3},
@@ -511,6 +512,7 @@ def reason(algorithm, what):
         reasons |= {"loha": strategy.fixed_form, "accumulate": strategy.accumulation.refused}
         reasons["accumulate at"] = reasons["accumulate"]
         reasons["accumulate and stack"] = reasons["accumulate"]
+        reasons["accumulate when"] = reasons["accumulate"] or strategy.accumulation.fixed
         if strategy.accumulation.every == 1:
             reasons |= dict.fromkeys(("inner", "scaffold"), "its factors are drawn anew every round")
     reasons["everything of clients"] = reasons.get("scaffold")
