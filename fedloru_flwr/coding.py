@@ -90,7 +90,7 @@ class Parcel:
                 raise ValueError(f"shapes: {str(shapes)[:200]}")
             codec = str(Codec.parse(str(label["codec"])))
             return cls(codec, shapes, label["drawn"] == 1, bytes_of(arrays))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"a coded message lacks or mistypes {error}") from error
 
 
@@ -152,10 +152,10 @@ class Chain:
     steps: tuple[tuple[str, Step], ...] = ()
 
     @classmethod
-    def begun(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The chain before the first step, from what everybody can build."""
+    def begun(cls, tensors: Mapping[str, Tensor], draw: int = 0) -> Self:
+        """The chain before the first step, with factors of a draw."""
         root = digest_tensors(tensors)
-        return cls(root, root, dict(tensors))
+        return cls(root, root, dict(tensors), draw)
 
     def advanced(self, x: Mapping[str, Tensor], draw: int, fresh: Fresh, codec: Codec, seed: int) -> "Chain":
         """The chain with one step more, towards ``x``.
@@ -245,7 +245,7 @@ class Follow:
         try:
             root, start, end = (label[name] for name in ("root", "start", "end"))
             told = [(int(number), str(Codec.parse(str(codec))), int(size)) for number, codec, size in label["steps"]]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"a coded message lacks or mistypes {error}") from error
         if not all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in (root, end, start or root)):
             raise ValueError("a chain is named by something else than a digest")

@@ -222,7 +222,7 @@ class RunConfig:
         'wanted; "int4, 100: int8" changes from round 100 on',
     )
     downlink_codec: str = _setting(
-        "float32", "the same, without topk, of what the server sends, and of what it accumulates, for everybody"
+        "float32", "the same of what the server sends and, but for topk, of what it accumulates, for everybody"
     )
     error_feedback: str = _setting(
         "auto",

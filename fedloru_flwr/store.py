@@ -57,6 +57,23 @@ def _shared_store(path: str) -> "Store":
     return Store(Path(path), durable=False)
 
 
+_CHAINS_KEPT = 3
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another process has removed it
+        return 0.0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 class Store:
     """What one machine holds, addressed by lineage digests.
 
@@ -101,6 +118,22 @@ class Store:
             os.utime(path)
         return tensors, metadata
 
+    def put_followed(self, digest: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the Trainables at the end of a chain; of older ones what fits into a quarter of the store."""
+        path = self._file("chains", digest)
+        if path.exists():
+            return
+        self._write(path, tensors, {"digest": digest_tensors(tensors)})
+        files = sorted(path.parent.glob("*.safetensors"), key=_modified)
+        sizes = [_size(file) for file in files]
+        while len(files) > _CHAINS_KEPT and sum(sizes) > self.max_bytes // 4:
+            sizes.pop(0)
+            files.pop(0).unlink(missing_ok=True)
+
+    def followed(self, digest: str) -> dict[str, Tensor] | None:
+        """The Trainables at the end of a chain, or None; a damaged file is removed and counts as absent."""
+        return self._checked(self._file("chains", digest))
+
     def put_base(self, lineage: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep the frozen parameters that ``lineage`` names, unless they are here."""
         path = self._file("bases", lineage)
@@ -113,7 +146,9 @@ class Store:
 
     def base(self, lineage: str) -> dict[str, Tensor] | None:
         """The frozen parameters that ``lineage`` names, or None; a damaged file is removed and counts as absent."""
-        path = self._file("bases", lineage)
+        return self._checked(self._file("bases", lineage))
+
+    def _checked(self, path: Path) -> dict[str, Tensor] | None:
         found = self._read(path)
         if found is None:
             return None

@@ -41,7 +41,7 @@ from fedloru_flwr.lowrank import (
 )
 from fedloru_flwr.lowrank.random import GeneratorStates
 from fedloru_flwr.models.adapters import AdaptedModel
-from fedloru_flwr.models.plan import AdapterPlan, as_sent, build_seeded, plain_state, plan_model
+from fedloru_flwr.models.plan import AdapterPlan, as_sent, build_seeded, fresh_factors, plain_state, plan_model
 from fedloru_flwr.store import Holdings, Store, default_store
 
 ModelSource = Callable[[], nn.Module] | nn.Module
@@ -145,7 +145,8 @@ class _HostedModel:
             return None
         plan, seed = self.adapted.plan, self._settings.seed
         values = plain_state(build_seeded(self._factory, seed))
-        built = {**plan.fresh(seed, 0), **{name: as_sent(values[name]) for name in plan.dense_leaves}}
+        fresh = fresh_factors(plan.base_of(values), plan, seed, 0)
+        built = {**fresh, **{name: as_sent(values[name]) for name in plan.dense_leaves}}
         return built if digest_tensors(built) == digest else None
 
     def remember(self, digest: str, y: dict[str, Tensor]) -> None:
@@ -307,18 +308,18 @@ class Contact:
     def _followed(self, follow: Follow) -> dict[str, Tensor]:
         """What this client holds of the Trainables at the end of its order's chain; else it asks for the whole."""
         host, store = self.host, self._store
-        y = host.followed.get(follow.end) or store.base(follow.end)
+        y = host.followed.get(follow.end) or store.followed(follow.end)
         if y is None and not follow.start:
             y = self.order.tensors
         if y is None:
-            before = host.followed.get(follow.start) or store.base(follow.start)
+            before = host.followed.get(follow.start) or store.followed(follow.start)
             if before is None and follow.start == follow.root:
                 before = host.initial_trainables(follow.root)
             if before is None:
                 self._answer("need-whole", "")
             y = self._taken(follow, before)
         host.remember(follow.end, y)
-        store.put_base(follow.end, y)
+        store.put_followed(follow.end, y)
         return {key: y[key] for key in host.adapted.plan.trainable_keys if key in y}
 
     def _taken(self, follow: Follow, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -479,7 +480,7 @@ def _opened(parcel: Parcel, plan: AdapterPlan, order: wire.Order) -> dict[str, T
     """What the order's parcel holds; clients whose messages are of one content share the order."""
     if not order.tensors:
         try:
-            drawn = plan.fresh(order.settings.seed, order.work.draw, order.work.rank or None)
+            drawn = plan.fresh_like(parcel.shapes, order.settings.seed, order.work.draw, order.work.rank)
             order.tensors.update(parcel.opened(drawn))
         except CodecError as error:
             raise wire.WireError(f"the Trainables do not parse: {error}") from error

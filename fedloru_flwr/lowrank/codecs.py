@@ -43,6 +43,8 @@ _BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
 _MARGIN = 1e-3  # so that rounding up never leaves the range
 _BLOCK = 1 << 16  # numbers that are rounded at a time, while they are in the processor's cache
 _NOISE = 1 << 18
+_LEAST_SHARE = 1e-4
+_MOST_A_BYTE, _ALWAYS = 1 << 18, 1 << 20  # numbers that so many bytes can stand for: zeros that zstd has compressed
 Floats = npt.NDArray[np.float32]
 _RAW, _PACKED = b"\x00", b"\x01"
 
@@ -71,8 +73,8 @@ class Codec:
     def __post_init__(self) -> None:
         if self.numbers not in FORMATS:
             raise CodecError(_unknown(self.numbers))
-        if not 0 < self.keep <= 1:
-            raise CodecError(f"topk:{self.keep:g} keeps no share of the numbers: expected one above 0, up to 1")
+        if not _LEAST_SHARE <= self.keep <= 1:
+            raise CodecError(f"topk:{self.keep:g}: expected a share of the numbers from {_LEAST_SHARE:g} to 1")
         if self.lossless and importlib.util.find_spec("zstandard") is None:
             raise CodecError("zstd needs the zstandard library: pip install 'fedloru-flwr[zstd]'")
 
@@ -103,7 +105,7 @@ class Codec:
         return cls(**found)
 
     def __str__(self) -> str:
-        stages = [f"topk:{self.keep:g}"] * (self.keep < 1) + [self.numbers] + ["zstd"] * self.lossless
+        stages = [f"topk:{self.keep!r}"] * (self.keep < 1) + [self.numbers] + ["zstd"] * self.lossless
         return "+".join(stages)
 
     @property
@@ -183,6 +185,9 @@ class Codec:
         Raises:
             CodecError: if the bytes are not those of tensors of these shapes.
         """
+        total = sum(math.prod(shape) for shape in shapes.values())
+        if total > _ALWAYS + _MOST_A_BYTE * len(data):
+            raise CodecError(f"{len(data)} bytes cannot stand for {total} numbers")
         layout = self._layout(shapes.values())
         if self.lossless:
             data = _expanded(data, layout.size)
@@ -329,9 +334,11 @@ def _layout(shapes: tuple[tuple[int, ...], ...], keep: float, bits: int) -> _Lay
     kept = tuple(min(count, max(1, math.ceil(keep * count))) for count in counts)
     total, sent = sum(counts), sum(kept)
     if keep < 1:
-        lengths = [own for own in kept if own]
+        lengths = np.array([own for own in kept if own], np.int64)
     else:
-        lengths = [count // of for of, count in zip(rows, counts, strict=True) for _ in range(of)]
+        lengths = np.repeat([count // max(1, of) for of, count in zip(rows, counts, strict=True)], rows).astype(
+            np.int64
+        )
     order = inverse = None
     if keep == 1 and total <= _BLOCK:
         at = torch.split(torch.arange(total), list(counts)) if counts else ()
@@ -342,7 +349,7 @@ def _layout(shapes: tuple[tuple[int, ...], ...], keep: float, bits: int) -> _Lay
             order = inverse = None
     places = _Places(total, sent if keep < 1 else 0)
     size = -(-sent * bits // 8) + places.size + (4 * len(lengths) if bits < 16 else 0)
-    return _Layout(shapes, counts, total, rows, kept, sent, np.array(lengths, np.int64), order, inverse, places, size)
+    return _Layout(shapes, counts, total, rows, kept, sent, lengths, order, inverse, places, size)
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,14 @@ class AdapterPlan:
             return {layer.b_key: torch.zeros(layer.b_shape(rank)) for layer in self.layers}
         return initial_factors(self.adapted, seed, draw, rank=rank)
 
+    def fresh_like(self, shapes: Mapping[str, Sequence[int]], seed: int, draw: int, rank: int) -> Adapter:
+        """The fresh factors that have these shapes: of a client's own rank, or of the rank that all share."""
+        found: Adapter = {}
+        if any(key in shapes for key in self.factor_keys):
+            for of in {rank or None, None}:
+                found |= {k: v for k, v in self.fresh(seed, draw, of).items() if tuple(v.shape) == shapes.get(k)}
+        return found
+
     def with_fresh(
         self, received: Mapping[str, Tensor], seed: int, draw: int, rank: int | None = None
     ) -> dict[str, Tensor]:
@@ -551,3 +559,15 @@ def build_seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
 def as_sent(tensor: Tensor) -> Tensor:
     """A tensor in the number format it travels in: float32, or float64 where it is that."""
     return tensor if tensor.dtype.itemsize == 8 else tensor.float()
+
+
+def fresh_factors(
+    base: Mapping[str, Tensor], plan: AdapterPlan, seed: int, draw: int, rank: int | None = None
+) -> dict[str, Tensor]:
+    """Fresh factors in float32, of a float64 layer in float64; by default of the layers' own rank."""
+    factors = plan.fresh(seed, draw, rank)
+    for layer in plan.adapted:
+        if base[layer.weight_key].dtype == torch.float64:
+            its = [key for key in shared_keys(layer, plan.family) if key in factors]
+            factors |= {key: factors[key].double() for key in its}
+    return factors

@@ -264,7 +264,8 @@ class Rehearsal:
             extras = safetensors_bytes({f"{wire.CONTROL}{key}": sketch for key, sketch in like.items()})
         version = len(state.entries)
         downlink = strategy.downlink.at(server_round)
-        if downlink.keep < 1:
+        follows = trains and downlink.keep < 1
+        if follows:
             self._advance(downlink)
         supplies: dict[int, tuple[wire.SupplyKind, int] | None] = {}
         answers: dict[int, int] = {}
@@ -285,8 +286,8 @@ class Rehearsal:
                 bill.add("up", kind, answer)
                 down, up = down + size, up + answer
                 held = version
-            work = self._work(client, half, strategy.uplink.at(server_round) if trains else Codec())
-            followed = state.followed.get(client, 0) if downlink.keep < 1 else 0
+            work = self._work(client, half, strategy.uplink.at(server_round) if trains else None)
+            followed = state.followed.get(client, 0) if follows else -1
             if (held, work, followed) not in orders:
                 orders[held, work, followed] = self._order(held, work, server_round, extras, followed)
             size, entries = orders[held, work, followed]
@@ -298,7 +299,7 @@ class Rehearsal:
             bill.add("up", purpose, reply - extras)
             of_clients[client] = (down + size, up + reply)
         state.held |= dict.fromkeys(drawn, version)
-        if downlink.keep < 1:
+        if follows:
             state.followed |= dict.fromkeys(drawn, len(state.steps))
         return drawn
 
@@ -328,7 +329,7 @@ class Rehearsal:
         """What a client is to do; see `FederatedStrategy`."""
         strategy, state = self._strategy, self._state
         rank = 0 if strategy.ranks.uniform else strategy.ranks.of(client)
-        coded = codec not in (None, Codec())
+        coded = codec is not None and (codec != Codec() or strategy.feedback)
         uplink, feedback = str(codec) if coded else "", coded and strategy.feedback
         mu, scaffold = strategy.proximal_mu, strategy.scaffold
         if not self._keeps_client_state:
@@ -389,10 +390,10 @@ class Rehearsal:
 
     def _order(self, held: int, work: wire.Work, server_round: int, extras: int, followed: int) -> tuple[int, int]:
         """An order's size, and how much of it ledger entries are."""
-        codec = self._strategy.downlink.at(server_round)
+        codec = replace(self._strategy.downlink.at(server_round), keep=1.0)
         payload = self._payload(work)
         coded: Parcel | Follow | None = None
-        if codec.keep < 1:
+        if followed >= 0:
             payload, coded = self._lacks(followed)
         elif codec != Codec() and payload:
             coded = Parcel(str(codec), {key: sketch.shape for key, sketch in payload.items()}, False, b"")
@@ -409,7 +410,7 @@ class Rehearsal:
         statistics = safetensors_bytes(self._statistics) if self._statistics else 0
         blobs = {wire.EXTRAS: extras, wire.ENTRIES: entries, wire.STATISTICS: statistics}
         config = {**_config_of(hollow), **{name: Blob(size) for name, size in blobs.items() if size}}
-        key = "down", work.rank, codec if codec.keep == 1 else tuple(payload.values())
+        key = "down", work.rank, codec if followed < 0 else tuple(payload.values())
         if key not in self._sizes:
             self._sizes[key] = arrays_bytes(payload)
         arrays = self._sizes[key]
@@ -514,7 +515,7 @@ class Rehearsal:
                 for key, sketch in state.trainables.items()
             }
         )
-        draw, codec = state.draw if plan.one_sided else 0, strategy._entry_codec(server_round)
+        draw, codec = state.draw if plan.one_sided else 0, strategy.downlink.of_entries(server_round)
         rank = strategy.settings.rank
         ranks = [self._work(client, half).rank or rank for client in drawn]
         if isinstance(strategy, FLoRA):

@@ -25,14 +25,12 @@ from torch import Tensor, nn
 
 from fedloru_flwr import wire
 from fedloru_flwr.clients.method import client_method
-from fedloru_flwr.coding import Chain, Follow, Parcel
+from fedloru_flwr.coding import Follow, Parcel
 from fedloru_flwr.lowrank import (
     AccumulationSchedule,
-    Adapter,
     Codec,
     CodecSchedule,
     aggregation_errors,
-    derive_seed,
     digest_tensors,
     stable_rank,
     weighted_mean,
@@ -42,6 +40,7 @@ from fedloru_flwr.models.plan import build_seeded, plan_model
 from fedloru_flwr.runs import Tracker
 from fedloru_flwr.strategies import control
 from fedloru_flwr.strategies.books import Books, Memory, Observer, Snapshot
+from fedloru_flwr.strategies.downlink import Downlink
 from fedloru_flwr.strategies.exchange import Exchange, Folded, Folding, Form, Keeping, gather
 from fedloru_flwr.strategies.inner import InnerStrategy, mean_metrics, plain_average
 from fedloru_flwr.strategies.judging import (
@@ -280,7 +279,7 @@ class FederatedStrategy(Strategy):
         self.scaffold = scaffold
         self.target_accuracy = target_accuracy
         self.uplink = CodecSchedule.parse(uplink_codec)
-        self.downlink = CodecSchedule.parse(downlink_codec)
+        self.downlink = Downlink(CodecSchedule.parse(downlink_codec), self.plan, self.seed)
         can_feed_back = not self.uplink.is_exact and "feedback" not in self.refused
         self.feedback = can_feed_back if error_feedback is None else error_feedback
         self._refuse_combinations()
@@ -372,7 +371,7 @@ class FederatedStrategy(Strategy):
             raise ValueError(
                 f"error_feedback=True means nothing with uplink_codec = {str(self.uplink)!r}, which leaves nothing out"
             )
-        if self.inner.clips_on_clients() and not (self.uplink.is_plain and self.downlink.is_plain):
+        if self.inner.clips_on_clients() and not (self.uplink.is_plain and self.downlink.schedule.is_plain):
             raise ValueError(
                 f"{type(self.inner.strategy).__name__} cannot be combined with codecs: its mod on the clients clips "
                 "plain tensors, and finds coded ones; let the server clip (DifferentialPrivacyServerSide...)"
@@ -406,15 +405,12 @@ class FederatedStrategy(Strategy):
             "stack": "accumulate_into='stack'" if self.settings.accumulate_into == "stack" else None,
             "keep": "reinit='keep'" if self.reinit == "keep" else None,
             "feedback": "error_feedback=True" if self.feedback else None,
-            "sparse": f"downlink_codec={str(self.downlink)!r}" if self._is_sparse() else None,
+            "sparse-up": f"uplink_codec={str(self.uplink)!r}" if any(c.keep < 1 for c in self.uplink.codecs) else None,
+            "sparse": f"downlink_codec={str(self.downlink)!r}" if self.downlink.is_sparse() else None,
         }
         for what, reason in self.refused.items():
             if asked.get(what):
                 raise ValueError(f"{type(self).__name__} cannot be combined with {asked[what]}: {reason}")
-
-    def _is_sparse(self) -> bool:
-        """Whether the downlink is, in some round."""
-        return any(codec.keep < 1 for codec in self.downlink.codecs)
 
     # --- what users call -------------------------------------------------------------------------------------------
 
@@ -663,7 +659,7 @@ class FederatedStrategy(Strategy):
             accumulate_now=due,
             reinit=self.reinit,
             seed=self.seed,
-            codec=self._entry_codec(server_round),
+            codec=self.downlink.of_entries(server_round),
             progress=progress,
         )
         if self.state.draw > before.draw:
@@ -677,11 +673,6 @@ class FederatedStrategy(Strategy):
             self._silent |= silent
             log(WARNING, "these factorised layers got no gradient on some clients: %s", ", ".join(sorted(silent)))
         return exchange, metrics
-
-    def _entry_codec(self, server_round: int) -> Codec | None:
-        """Of what is accumulated: the downlink's, but all of it."""
-        codec = replace(self.downlink.at(server_round), keep=1.0)
-        return None if codec.is_exact else codec
 
     def _progress(self, server_round: int, outcome: Outcome | None, metrics: MetricRecord | None) -> tuple[float, ...]:
         """What the schedule waits for, after each round with a result since the last accumulation."""
@@ -780,8 +771,8 @@ class FederatedStrategy(Strategy):
         ]
         return spread(told)
 
-    def _assign(self, client: str, half: wire.Half, codec: Codec) -> wire.Work:
-        """What a client is to do, and the codec of its reply."""
+    def _assign(self, client: str, half: wire.Half, codec: Codec | None) -> wire.Work:
+        """What a client is to do, and the codec of its reply to training."""
         work = wire.Work(draw=self.state.draw, half=half, proximal_mu=self.proximal_mu, scaffold=self.scaffold)
         if not self.ranks.uniform or 0 < self._roster.budget(client) < self.settings.rank:
             work = replace(work, rank=self.ranks.of(client, self._roster.budget(client)))
@@ -790,48 +781,25 @@ class FederatedStrategy(Strategy):
             # Whoever has not said yet that it is this client forgets nothing.
             safe = self.books.keep_from(client, counted) if self._roster.is_confirmed(client) else 0
             work = replace(work, run=self._memory.token, counted=counted, keep_from=safe)
-        if codec != Codec():
+        if codec is not None and (codec != Codec() or self.feedback):  # what was left out before still has to go
             work = replace(work, uplink=str(codec), feedback=self.feedback)
         return work
 
-    def _advance(self, phase: str, server_round: int) -> None:
-        """Where the downlink is sparse: go one step on with what all clients that follow hold."""
-        codec = self.downlink.at(server_round)
-        if codec.keep == 1:
-            return
-        chain = self.state.chain or Chain.begun(self._initial_state().trainables)
-        seed = derive_seed(self.seed, "downlink", phase, server_round)
-        chain = chain.advanced(self.state.trainables, self.state.draw, self._fresh, codec, seed)
-        self.state = replace(self.state, chain=chain)
-
-    def _fresh(self, draw: int) -> Adapter:
-        return self.plan.fresh(self.seed, draw)
-
     def _arrays(
-        self, server_round: int, client: str, work: wire.Work
+        self, phase: str, server_round: int, client: str, work: wire.Work
     ) -> tuple[object, Callable[[], tuple[ArrayRecord, Parcel | Follow | None]]]:
         """What tells a client's arrays from another's, and a function that makes them."""
-        if self.downlink.at(server_round).keep < 1:
-            chain = self.state.chain
-            assert chain is not None
+        chain = self.state.chain
+        if chain is not None and phase == "train" and self.downlink.is_sparse(server_round):
             follow = Follow.to_end_of(chain, self._memory.followed.get(client, chain.root))
             return follow.start, lambda: (wire.to_record(follow.arrays(chain)), follow)
 
         def make() -> tuple[ArrayRecord, Parcel | Follow | None]:
             payload = self._payload(work)
-            parcel = self._parcel(server_round, work, payload)
+            parcel = self.downlink.parcel(server_round, work, payload)
             return wire.to_record(parcel.arrays() if parcel else payload), parcel
 
         return (work.rank, work.half), make
-
-    def _parcel(self, server_round: int, work: wire.Work, payload: Mapping[str, Tensor]) -> Parcel | None:
-        """A client's arrays under the downlink's codec, where there is one."""
-        codec = self.downlink.at(server_round)
-        if codec == Codec() or not payload:
-            return None
-        drawn = self.plan.fresh(self.seed, work.draw, work.rank or None) if self.plan.factor_keys else {}
-        seed = derive_seed(self.seed, "downlink", server_round, work.rank, work.half)
-        return Parcel.packed(payload, drawn, codec, seed)
 
     def _known(self, work: wire.Work) -> dict[str, Tensor]:
         """What of a client's reply is known before it trains, exactly."""
@@ -872,14 +840,15 @@ class FederatedStrategy(Strategy):
                     exchange.failures[client] = told
                     exchange.keeper.skip(client)
                     del node_of[client]
-        codec = self.uplink.at(server_round) if phase == "train" else Codec()
+        codec = self.uplink.at(server_round) if phase == "train" else None
         exchange.work = {client: self._assign(client, half, codec) for client in node_of}
-        self._advance(phase, server_round)
+        if phase == "train":
+            self.state = self.downlink.advanced(self.state, server_round)
         records: dict[object, tuple[ArrayRecord, Parcel | Follow | None]] = {}
 
         def assign(client: str) -> tuple[wire.Work, ArrayRecord, Parcel | Follow | None]:
             work = exchange.work[client]
-            key, make = self._arrays(server_round, client, work)
+            key, make = self._arrays(phase, server_round, client, work)
             if key not in records:
                 records[key] = make()
             return work, *records[key]
@@ -917,7 +886,7 @@ class FederatedStrategy(Strategy):
         for client in answered:
             self._memory.held.pop(client, None)  # the name it went by until now
         self._memory.held |= dict.fromkeys(answered.values(), lineage)
-        if self.state.chain is not None and self.downlink.at(server_round).keep < 1:
+        if self.state.chain is not None and trains and self.downlink.is_sparse(server_round):
             for client in answered:
                 self._memory.followed.pop(client, None)
             self._memory.followed |= dict.fromkeys(answered.values(), self.state.chain.digest)

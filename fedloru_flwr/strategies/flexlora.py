@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import Adapter, best_pair, product
-from fedloru_flwr.models.plan import as_sent
+from fedloru_flwr.models.plan import as_sent, fresh_factors
 from fedloru_flwr.strategies.federated import Received
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
-from fedloru_flwr.strategies.state import Outcome, ServerState, fresh_factors
+from fedloru_flwr.strategies.state import Outcome, ServerState
 
 
 class ProductStrategy(LowRankStrategy):

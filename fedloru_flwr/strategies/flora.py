@@ -18,10 +18,11 @@ from torch import Tensor
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import Adapter, stacked
 from fedloru_flwr.lowrank.aggregation import shares
+from fedloru_flwr.models.plan import fresh_factors
 from fedloru_flwr.strategies.federated import Received
 from fedloru_flwr.strategies.judging import distance
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
-from fedloru_flwr.strategies.state import Outcome, ServerState, fresh_factors
+from fedloru_flwr.strategies.state import Outcome, ServerState
 
 
 class FLoRA(LowRankStrategy):

@@ -33,7 +33,8 @@ class MFedLoRU(LowRankStrategy):
     accumulation = Accumulation(every=10)
     fixed_form = "the nested pairs are of LoRA's factors"
     refused: ClassVar[Mapping[str, str]] = {
-        "scaffold": "clients of a smaller rank train other variables than the rest, whose control variates do not mix"
+        "scaffold": "clients of a smaller rank train other variables than the rest, whose control variates do not mix",
+        "sparse-up": "a nested pair is sent as it is, not as what has changed: what is left out of it would be lost",
     }
     shared_rank_from_map = False
 

@@ -16,6 +16,7 @@ from fedloru_flwr.lowrank import Entry, place_of
 from fedloru_flwr.strategies.receiving import receive
 from fedloru_flwr.strategies.state import ServerState
 
+_MOST_ANSWERS = 2  # that a client may give before it trains: it needs a base, and what the Trainables are told from
 PURPOSES = ("trainables", "control", "entries", "base", "repeats", "evaluation", "enrolment")
 
 
@@ -106,22 +107,22 @@ class Orders:
             deadline: by the monotonic clock.
             repeat: they have been asked this round, and are to answer once more.
         """
-        wanting: dict[str, Message] = {}
-        for client, reply in self._send(grid, node_of, deadline, repeat=repeat):
-            if (answer := wire.find_answer(reply)) is None:
-                yield client, reply
-            else:
+        pending = dict(node_of)
+        for attempt in range(_MOST_ANSWERS + 1):
+            wanting: dict[str, Message] = {}
+            for client, reply in self._send(grid, pending, deadline, repeat=repeat or attempt > 0):
+                if (answer := wire.find_answer(reply)) is None:
+                    yield client, reply
+                    continue
                 if answer.kind == "need-whole":
                     self._lost(client)
                 else:
                     self._held[client] = answer.held
                 wanting[client] = reply
-        if wanting:
-            again = {client: node for client, node in node_of.items() if client in wanting}
-            for client, reply in self._send(grid, again, deadline, repeat=True):
-                del wanting[client]
-                yield client, reply
-            yield from wanting.items()
+            pending = {client: node for client, node in node_of.items() if client in wanting}
+            if not pending:
+                return
+        yield from wanting.items()
 
     def _send(
         self, grid: Grid, node_of: Mapping[str, int], deadline: float, *, repeat: bool = False

@@ -4,15 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from fedloru_flwr.coding import Chain, Step
 from fedloru_flwr.lowrank import Adapter, Codec, Entry, Ledger, derive_seed, digest_tensors, fold
 from fedloru_flwr.lowrank.factors import has_product
 from fedloru_flwr.lowrank.ledger import as_tensor
-from fedloru_flwr.models.layout import shared_keys
-from fedloru_flwr.models.plan import AdapterPlan, as_sent, canonical_names, plain_state
+from fedloru_flwr.models.plan import AdapterPlan, as_sent, canonical_names, fresh_factors, plain_state
 from fedloru_flwr.runs import Checkpoint
 
 Reinit = Literal["reset", "keep"]
@@ -236,15 +234,3 @@ def merged_state_dict(state: ServerState, model: nn.Module, plan: AdapterPlan, s
         name: learned[source].to(value.dtype).clone() if (source := canonical.get(name, name)) in learned else value
         for name, value in values.items()
     }
-
-
-def fresh_factors(
-    base: Mapping[str, Tensor], plan: AdapterPlan, seed: int, draw: int, rank: int | None = None
-) -> dict[str, Tensor]:
-    """Fresh factors in float32, of a float64 layer in float64; by default of the layers' own rank."""
-    factors = plan.fresh(seed, draw, rank)
-    for layer in plan.adapted:
-        if base[layer.weight_key].dtype == torch.float64:
-            its = [key for key in shared_keys(layer, plan.family) if key in factors]
-            factors |= {key: factors[key].double() for key in its}
-    return factors

@@ -185,7 +185,9 @@ def test_zstd_never_costs_more_than_a_byte_and_pays_where_numbers_repeat():
     assert len(codec.encode({"x": same}, 0)) < 100
 
 
-@pytest.mark.parametrize("name", ["float32", "int8", "topk:0.05+int4", "topk:0.1+float32+zstd", "bfloat16+zstd"])
+@pytest.mark.parametrize(
+    "name", ["float32", "int8", "topk:0.05+int4", "topk:0.1+float32+zstd", "bfloat16+zstd", "topk:0.12345649+int8"]
+)
 def test_a_codec_is_called_what_it_was_called(name):
     assert str(Codec.parse(name)) == name
     assert Codec.parse(str(Codec.parse(name))) == Codec.parse(name)
@@ -197,8 +199,9 @@ def test_a_codec_is_called_what_it_was_called(name):
         ("int9", "'int9' is not known, expected float32"),
         ("float8", "float16"),
         ("topk", "'topk' is not known"),
-        ("topk:0", "keeps no share"),
-        ("topk:1.5", "keeps no share"),
+        ("topk:0", "expected a share"),
+        ("topk:1.5", "expected a share"),
+        ("topk:0.00001", "from 0.0001 to 1"),
         ("topk:nan+int8", "'topk:nan' is not known"),
         ("int8+int4", "stands twice"),
         ("zstd+zstd", "stands twice"),

@@ -299,18 +299,19 @@ def test_a_label_of_something_else_is_refused(label):
         Parcel.labelled(label, {CODED: as_tensor(b"1")})
 
 
-def test_a_bfloat16_free_run_of_double_precision_stays_double(tmp_path):
-    class Double(nn.Module):
-        shape = (12,)
+class Double(nn.Module):
+    shape = (12,)
 
-        def __init__(self):
-            super().__init__()
-            self.hidden = nn.Linear(12, 10).double()
-            self.head = nn.Linear(10, 3).double()
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(12, 10).double()
+        self.head = nn.Linear(10, 3).double()
 
-        def forward(self, x):
-            return self.head(torch.relu(self.hidden(x.double())))
+    def forward(self, x):
+        return self.head(torch.relu(self.hidden(x.double())))
 
+
+def test_a_run_of_double_precision_stays_double(tmp_path):
     net = seeded(Double)
     grid = WatchedGrid(client_app(net), 4)
     strategy = FedLoRA(net, rank=R, target_modules="hidden", num_clients=4, min_available_nodes=1, **BOTH)
@@ -332,8 +333,8 @@ SPARSE = {"uplink_codec": "topk:0.2+int8", "downlink_codec": "topk:0.2+int8"}
 
 @EVERY
 def test_a_sparse_downlink_works_or_is_refused_with_the_reason(tmp_path, algorithm):
-    if not may(algorithm, "sparse"):
-        with pytest.raises(ValueError, match="cannot be combined with downlink_codec='topk"):
+    if not may(algorithm, "sparse") or not may(algorithm, "sparse-up"):
+        with pytest.raises(ValueError, match=r"cannot be combined with (down|up)link_codec='topk"):
             make(algorithm, **SPARSE)
         return
     strategy, grid, _ = run(tmp_path / "one", algorithm, rounds=6, **SPARSE)
@@ -345,22 +346,21 @@ def test_a_sparse_downlink_works_or_is_refused_with_the_reason(tmp_path, algorit
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedloru", "lowrank-ef"])
 def test_a_client_that_was_not_asked_is_sent_the_steps_it_lacks_and_holds_what_all_hold(tmp_path, algorithm):
-    held = {}
+    held, ends = [], {}
 
     def look(reply, low_rank):
-        site = low_rank._contact.site
-        held.setdefault(low_rank.server_round, []).append(dict(site.received))
+        held.append((low_rank.server_round, dict(low_rank._contact.site.received)))
         return reply
 
-    strategy, grid, _ = run(tmp_path, algorithm, rounds=8, tamper=look, **SPARSE)
-    for clients in held.values():
-        for other in clients[1:]:
-            assert same(clients[0], other)
-    assert same(held[8][0], {key: value for key, value in held[8][0].items() if key in strategy.state.trainables})
-    steps = [len(passed.header["coded"]["steps"]) for passed in grid.passed]
-    starts = [passed.header["coded"]["start"] for passed in grid.passed]
-    assert max(steps) > 1
-    assert all(starts) or algorithm != "fedavg"
+    disks = own_machines(tmp_path, 4)
+    grid = WatchedGrid(client_app(NET, tamper=look), 4, node_configs=disks, actor=each_its_own)
+    strategy = make(algorithm, fraction_train=0.5, **SPARSE)
+    grid.watch.at_end = lambda row: ends.update({row["round"]: dict(strategy.state.chain.y)})
+    federate(strategy, grid, 8)
+    for server_round, received in held:
+        assert same(received, ends[server_round])
+    assert max(len(passed.header["coded"]["steps"]) for passed in grid.passed) > 1
+    assert all(passed.header["coded"]["start"] for passed in grid.passed), "a step is less than the whole"
 
 
 def test_the_server_feeds_what_a_step_leaves_out_back_into_the_next(tmp_path):
@@ -372,33 +372,99 @@ def test_the_server_feeds_what_a_step_leaves_out_back_into_the_next(tmp_path):
     assert 0 < apart < 0.4 * moved
 
 
-def test_a_client_that_lost_its_disk_is_sent_the_whole_in_the_same_round(tmp_path):
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedloru"])
+def test_clients_that_lost_their_disks_are_sent_what_they_need_in_the_same_round(tmp_path, algorithm):
+    """After an accumulation a client of FedLoRU needs both: the base, and what the Trainables are told from."""
+
     def lose(row):
         if row["round"] == 3:
-            shutil.rmtree(tmp_path / "disks/2")
-            grid.actors.pop(1002)
+            for client in (1, 2):
+                shutil.rmtree(tmp_path / f"disks/{client}")
+                grid.actors.pop(1000 + client)
 
-    grid = WatchedGrid(client_app(NET), 4, node_configs=own_machines(tmp_path / "disks", 4), actor=each_its_own)
+    disks = own_machines(tmp_path / "disks", 4)
+    grid = WatchedGrid(client_app(NET), 4, node_configs=disks, actor=each_its_own)
     grid.watch.at_end = lose
-    strategy = make("fedavg", downlink_codec="topk:0.2+int8")
+    strategy = make(algorithm, downlink_codec="topk:0.2+int8")
     federate(strategy, grid, 5)
     assert [row["clients_failed"] for row in grid.watch.rows] == [0] * 5
-    fourth = [passed.header["coded"]["start"] for passed in grid.to(2, 4)]
-    assert len(fourth) == 2
-    assert fourth[0]
-    assert not fourth[1]
     assert "repeats" in grid.watch.rows[3]["bytes_by_purpose"]
-    assert all(passed.header["coded"]["start"] for passed in grid.to(2, 5))
+    wholes = [passed.node for passed in grid.passed if "coded" in passed.header and not passed.header["coded"]["start"]]
+    assert sorted(wholes) == [1, 2]
 
 
-def test_clients_with_weights_of_their_own_are_sent_the_whole_once(tmp_path):
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedloru"])
+def test_clients_with_weights_of_their_own_are_sent_the_whole_once(tmp_path, algorithm):
     app = client_app(own_instances(Mlp, 4))
     grid = WatchedGrid(app, 4, node_configs=own_machines(tmp_path / "disks", 4))
-    strategy = make("fedavg", downlink_codec="topk:0.2+int8")
+    strategy = make(algorithm, downlink_codec="topk:0.2+int8")
     federate(strategy, grid, 3)
     assert [row["clients_failed"] for row in grid.watch.rows] == [0] * 3
-    wholes = [passed.node for passed in grid.passed if not passed.header["coded"]["start"]]
+    wholes = [passed.node for passed in grid.passed if "coded" in passed.header and not passed.header["coded"]["start"]]
     assert sorted(wholes) == [0, 1, 2, 3]
+
+
+def test_how_often_one_looks_does_not_change_the_training(tmp_path):
+    models = []
+    for share in (0.0, 1.0):
+        grid = WatchedGrid(client_app(NET), 4, node_configs=own_machines(tmp_path / str(share), 4))
+        strategy = make("fedavg", fraction_train=0.5, **{**SPARSE, "fraction_evaluate": share})
+        federate(strategy, grid, 6)
+        models.append(strategy.merged_state_dict())
+    assert same(*models)
+
+
+def test_a_run_that_starts_from_weights_given_sends_them_whole_at_first_contact(tmp_path):
+    given = {key: value + 1 for key, value in make("fedavg").state.trainables.items()}
+    seen = []
+
+    def look(reply, low_rank):
+        seen.append((low_rank.server_round, dict(low_rank._contact.site.received)))
+        return reply
+
+    grid = WatchedGrid(client_app(NET, tamper=look), 4, node_configs=own_machines(tmp_path, 4))
+    strategy = make("fedavg", downlink_codec="topk:0.2+int8")
+    strategy.initial_arrays = lambda: wire.to_record(given)
+    federate(strategy, grid, 2)
+    assert all(same(received, given) for server_round, received in seen if server_round == 1)
+
+
+def test_a_sparse_downlink_may_begin_in_the_middle(tmp_path):
+    _, grid, _ = run(tmp_path, "fedloru", rounds=7, downlink_codec="int8, 4: topk:0.2+int8")
+    assert [row["clients_failed"] for row in grid.watch.rows] == [0] * 7
+
+
+@pytest.mark.parametrize("codec", ["float32, 3: int4", "int4, 2: float32, 4: int4"])
+def test_residuals_survive_rounds_of_plain_numbers(tmp_path, codec):
+    grid = WatchedGrid(client_app(NET), 4, node_configs=own_machines(tmp_path / "disks", 4))
+    strategy = make("fedlora", uplink_codec=codec)
+    federate(strategy, grid, 5)
+    assert not any(row.get("states_lost") for row in grid.watch.rows)
+    assert set(residuals(strategy, tmp_path, "1")) == {"0", "dense"}
+
+
+def test_what_was_left_out_goes_with_a_round_of_plain_numbers(tmp_path):
+    grid = WatchedGrid(client_app(NET), 4, node_configs=own_machines(tmp_path / "disks", 4))
+    strategy = make("fedlora", uplink_codec="topk:0.1+int4, 3: float32")
+    federate(strategy, grid, 3)
+    assert all(float(value.abs().max()) < 1e-6 for value in residuals(strategy, tmp_path, "1").values())
+
+
+def test_a_double_precision_model_needs_no_whole_either(tmp_path):
+    net = seeded(Double)
+    grid = WatchedGrid(client_app(net), 4, node_configs=own_machines(tmp_path / "disks", 4))
+    strategy = FedLoRA(net, rank=R, target_modules="hidden", num_clients=4, min_available_nodes=1, **SPARSE)
+    federate(strategy, grid, 2)
+    assert [row["clients_failed"] for row in grid.watch.rows] == [0] * 2
+    assert not any("repeats" in row["bytes_by_purpose"] for row in grid.watch.rows)
+
+
+@pytest.mark.parametrize("shape", [[500_000_000], [20_000, 20_000, 20_000]])
+@pytest.mark.parametrize("codec", ["topk:0.0001+int8", "int8", "int8+zstd"])
+def test_a_few_bytes_do_not_become_gigabytes(shape, codec):
+    label = {"codec": codec, "shapes": {"a": shape}, "drawn": 0}
+    with pytest.raises(CodecError, match="cannot stand for"):
+        Parcel.labelled(label, {CODED: as_tensor(bytes(10))}).opened({})
 
 
 def test_steps_that_were_tampered_with_are_not_taken(tmp_path):
