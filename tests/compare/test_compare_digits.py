@@ -40,6 +40,7 @@ settings = { num-server-rounds = 2 }
 """
 
 
+@pytest.mark.slow
 def test_digits_from_configuration_to_report(tmp_path):
     conf = tmp_path / "conf.toml"
     conf.write_text(SMALL)

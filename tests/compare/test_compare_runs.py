@@ -80,6 +80,7 @@ def start(conf, directory):
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stub_workers")
 def test_interrupted_twice_the_tables_are_those_of_an_uninterrupted_comparison(conf, tmp_path):
     whole = compare(conf, tmp_path / "whole", jobs=2)
@@ -175,6 +176,7 @@ def test_what_could_not_run_is_refused_before_anything_runs(conf, tmp_path):
     assert rows(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stub_workers")
 def test_a_changed_configuration_runs_exactly_what_has_changed(conf, tmp_path, monkeypatch):
     out = tmp_path / "out"
@@ -209,6 +211,7 @@ def test_two_comparisons_do_not_share_a_directory(conf, tmp_path, monkeypatch):
         compare(conf, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stub_workers")
 def test_a_report_is_made_anew_from_the_results(conf, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "html", html)

@@ -46,6 +46,7 @@ def tag():
         yield value
 
 
+@pytest.mark.slow
 def test_the_simulation_joins_the_ray_that_was_started_and_uses_its_workers(monkeypatch, tmp_path, tag):
     app = write_app(tmp_path / "app", APP)
     monkeypatch.syspath_prepend(str(app))

@@ -545,7 +545,8 @@ def test_a_combination_is_refused_with_its_reason_or_runs(algorithm, what):
 
 @EVERY
 def test_what_is_refused_is_something_that_can_be_asked(algorithm):
-    assert set(cls(algorithm).refused) <= {"inner", "scaffold", "ranks", "stack", "keep"}
+    asked = {"inner", "scaffold", "ranks", "stack", "keep", "feedback", "sparse", "sparse-up"}
+    assert set(cls(algorithm).refused) <= asked
     assert all(len(why) > 20 for why in cls(algorithm).refused.values())
 
 
