@@ -81,7 +81,7 @@ def accuracy_charts(comparison: Comparison, metric: Metric, *, alone: bool = Fal
                 if front := [group[index] for index in comparison.front(number, metric, way)]:
                     front.sort(key=lambda one: one.curve(metric).spent(way)[-1])
                     _draw_front(axes, [one.curve(metric) for one in front], way)
-                    shown["Pareto front"] = Look(GREY, (), "")
+                    shown["Pareto front"] = Look(GREY, (), "o")
                     told += f". On the Pareto front: {', '.join(one.label for one in front)}"
             if alone:
                 explain(figure, title, shown)
@@ -94,9 +94,9 @@ def _megabytes(line: Curve, way: Way) -> list[float]:
 
 
 def _draw_front(axes: "Axes", lines: Sequence[Curve], way: Way) -> None:
-    """A broad line behind the others, through the ends of these."""
+    """A broad line behind the others, through the ends of these, with dots: it may be one alone."""
     xs, means = [_megabytes(line, way)[-1] for line in lines], [line.values[-1].mean for line in lines]
-    axes.plot(xs, means, color=GREY, alpha=0.35, linewidth=6, solid_capstyle="round", zorder=1.5)
+    axes.plot(xs, means, color=GREY, alpha=0.35, linewidth=6, marker="o", markersize=12, zorder=1.5)
 
 
 def gap_charts(comparison: Comparison, *, alone: bool = False) -> list[Chart]:

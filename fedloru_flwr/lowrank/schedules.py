@@ -91,15 +91,19 @@ class AccumulationSchedule:
 
 
 def loss_has_plateaued(losses: Sequence[float]) -> bool:
-    """Whether two rounds in a row were no better than what was before them.
+    """Whether there was a gain and two rounds in a row were no better than what was before them.
 
     With the training losses ``l_1 .. l_n`` of the rounds since the last accumulation, ``n >= 3``::
 
-        min(l_{n-1}, l_n) > (1 - 0.02) min(l_1 .. l_{n-2})
+        min(l_1 .. l_{n-2}) < (1 - 0.02) l_1    and    min(l_{n-1}, l_n) > (1 - 0.02) min(l_1 .. l_{n-2})
 
-    The ratio does not depend on the loss's unit; the second round is for the noise of who was drawn.
+    Ratios do not depend on the loss's unit; the second round is for the noise of who was drawn, and the gain for fresh
+    factors, whose product is zero and which are slow to begin.
     """
-    return len(losses) > 2 and min(losses[-2:]) > (1 - _GAIN) * min(losses[:-2])
+    if len(losses) < 3:
+        return False
+    best = min(losses[:-2])
+    return best < (1 - _GAIN) * losses[0] and min(losses[-2:]) > (1 - _GAIN) * best
 
 
 def rank_has_plateaued(used: Sequence[float]) -> bool:

@@ -94,18 +94,19 @@ def test_step_with_restart_begins_anew_after_each_accumulation() -> None:
     ("losses", "plateaued"),
     [
         ([1.0], False),
-        ([1.0, 1.0], False),  # nothing yet that two rounds could be compared with
-        ([1.0, 1.0, 1.0], True),
-        ([1.0, 0.97, 0.99], False),  # one good round of the last two is enough
-        ([1.0, 0.99, 0.97], False),
-        ([1.0, 0.99, 0.985], True),
+        ([1.0, 1.0, 1.0, 1.0], False),  # nothing has been gained that could be accumulated
+        ([1.0, 0.99, 0.985, 0.99], False),
+        ([1.0, 0.9], False),  # nothing yet that two rounds could be compared with
+        ([1.0, 0.9, 0.88, 0.9], False),  # one good round of the last two is enough
+        ([1.0, 0.9, 0.89, 0.88], False),
+        ([1.0, 0.9, 0.89, 0.885], True),
         ([1.0, 0.5, 0.49, 0.495], False),  # 0.49 is two percent below 0.5
         ([1.0, 0.5, 0.491, 0.495], True),
-        ([1.0, 2.0, 3.0], True),
+        ([1.0, 2.0, 3.0], False),
         ([2.0, 3.0, 1.0, 0.99, 0.99], True),
     ],
 )
-def test_the_loss_has_plateaued_after_two_rounds_without_a_gain(losses: list[float], plateaued: bool) -> None:
+def test_the_loss_has_plateaued_after_a_gain_and_two_rounds_without_one(losses: list[float], plateaued: bool) -> None:
     for unit in (1.0, 1e-6, 1e6):
         assert loss_has_plateaued([unit * loss for loss in losses]) is plateaued
 
@@ -138,7 +139,7 @@ def test_an_adaptive_schedule_waits_for_a_plateau_between_its_bounds() -> None:
     falling = [1.0, 0.5, 0.2, 0.1]
     waits = AccumulationSchedule.adaptive("loss", 4)
     assert [waits.due(n, falling[:n]) for n in range(1, 5)] == [False, False, False, True]
-    assert waits.due(3, [1.0, 1.0, 1.0])
+    assert AccumulationSchedule.adaptive("loss", 9).due(4, [1.0, 0.5, 0.5, 0.5])
     assert not waits.due(4)  # nothing has been measured
     assert waits.most_often() == AccumulationSchedule.periodic(2)
     assert AccumulationSchedule.periodic(5).most_often() == AccumulationSchedule.periodic(5)
