@@ -41,6 +41,7 @@ def run(name: str, engine: str = "flower", **more) -> Path:
     return Path(fedloru_flwr.run(config=settings, engine=engine, on_line=on_line, **arguments)["run_dir"])
 
 
+@pytest.mark.slow
 def test_a_run_on_ray_and_one_in_process_are_the_same_byte_for_byte(output_dir, rows_of):
     on_ray = run("ray", num_actors=2)
     in_process = run("in-process", engine="in-process")

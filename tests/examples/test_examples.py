@@ -42,7 +42,9 @@ def same_config(name: str) -> bool:
     return plain["config"] == fedloru["config"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "trainer" else []) for name in NAMES]
+)
 def test_both_apps_learn_and_the_changed_one_sends_less(name, tmp_path):
     modules, path = set(sys.modules), list(sys.path)
     runs = {}
