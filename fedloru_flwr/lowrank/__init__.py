@@ -38,7 +38,7 @@ from fedloru_flwr.lowrank.random import (
     uniform,
 )
 from fedloru_flwr.lowrank.schedules import LEAST_APART, AccumulationSchedule, LearningRateSchedule, When
-from fedloru_flwr.lowrank.streaming import FixedTree, TreeMean, TreeProducts, place_of
+from fedloru_flwr.lowrank.streaming import FixedFold, FixedTree, TreeMean, TreeProducts, place_of
 
 __all__ = [
     "LEAST_APART",
@@ -49,6 +49,7 @@ __all__ = [
     "CodecSchedule",
     "Entry",
     "FactorisedLayer",
+    "FixedFold",
     "FixedTree",
     "LearningRateSchedule",
     "Ledger",

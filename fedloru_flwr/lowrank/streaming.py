@@ -1,13 +1,14 @@
 r"""Means over many clients that are formed as the replies come, in little memory, whatever the order they come in.
 
-Every client has a place, a number of its own. A binary tree stands over all numbers (its nodes are the numbers that
-share their leading bits); the value of a node is that of its left half merged with that of its right half, formed as
-soon as both are known, and a half in which nobody replied is passed over. So the result is formed by the same
-operations on the same operands, bit for bit, in whatever order replies come, and whoever was asked beside those that
-replied.
+Every client has a place, a number of its own. The numbers are cut into runs of 32, whose clients are merged one after
+the other. A binary tree stands over the runs (its nodes are those that share their leading bits); the value of a node
+is that of its left half merged with that of its right half, formed as soon as both are known, and whatever nobody
+replied in is passed over. So the result is formed by the same operations on the same operands, bit for bit, in whatever
+order replies come, and whoever was asked beside those that replied.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -109,37 +110,87 @@ class FixedTree(Generic[T]):
         return self._root
 
 
-class _Buffer:
-    """One contiguous tensor a number format, and in it a view for each tensor of a reply."""
+class FixedFold(Generic[T]):
+    """Values of places merged from left to right in runs of 32 places, and the runs' values by a `FixedTree`.
 
-    def __init__(self, like: Sequence[Tensor]) -> None:
-        sizes: dict[torch.dtype, int] = {}
-        for tensor in like:
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-        flats = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
-        self.flats = list(flats.values())
-        self.views: list[Tensor] = []
-        taken = dict.fromkeys(sizes, 0)
-        for tensor in like:
-            begin = taken[tensor.dtype]
-            taken[tensor.dtype] = end = begin + tensor.numel()
-            self.views.append(flats[tensor.dtype][begin:end].view(tensor.shape))
+    A run has one value, which grows in place, where a tree has one a level: that is less memory to go through. Where
+    values become known in their order about ``log2(n / 32) + 2`` are held; one that comes before its turn waits.
+
+    Args:
+        places: in ascending order, at least one.
+        merge: makes one value of a left and a right one; it may reuse both.
+    """
+
+    def __init__(self, places: Sequence[int], merge: Callable[[T, T], T]) -> None:
+        if any(right < left for left, right in pairwise(places)):
+            raise ValueError("the places must be in ascending order")
+        self._merge = merge
+        self._known = bytearray(len(places))
+        starts = [i for i, place in enumerate(places) if not i or places[i - 1] >> _RUN_BITS != place >> _RUN_BITS]
+        self._tree = FixedTree([places[start] >> _RUN_BITS for start in starts], merge)
+        self._ends = [*starts[1:], len(places)]
+        self._next = starts
+        self._values: list[T | None] = [None] * len(starts)
+        self._early: dict[int, T | None] = {}
+
+    def put(self, index: int, value: T | None) -> None:
+        """Give a place its value; None: it stays empty.
+
+        Args:
+            index: of the place among all.
+            value: to be held.
+
+        Raises:
+            ValueError: if there is no such place, or it is known already.
+        """
+        if not self.is_open(index):
+            raise ValueError(f"place {index} of {len(self._known)} does not exist or is known already")
+        self._known[index] = 1
+        run = bisect_right(self._ends, index)
+        self._early[index] = value
+        while self._next[run] in self._early and self._next[run] < self._ends[run]:
+            value, before = self._early.pop(self._next[run]), self._values[run]
+            if value is not None:
+                self._values[run] = value if before is None else self._merge(before, value)
+            self._next[run] += 1
+        if self._next[run] == self._ends[run]:
+            whole, self._values[run] = self._values[run], None
+            self._tree.put(run, whole)
+
+    def is_open(self, index: int) -> bool:
+        """Whether there is such a place and it is not known yet."""
+        return 0 <= index < len(self._known) and not self._known[index]
+
+    def held(self) -> int:
+        """How many values are held."""
+        waiting = [*self._values, *self._early.values()]
+        return self._tree.held() + sum(value is not None for value in waiting)
+
+    def result(self) -> T | None:
+        """The value of all, None if there is none; places not known by now stay empty."""
+        for index, known in enumerate(bytes(self._known)):
+            if not known:
+                self.put(index, None)
+        return self._tree.result()
+
+
+_RUN_BITS = 5
 
 
 @dataclass
 class _Part:
-    """The weighted mean of some places: one reply's own tensors, or a buffer."""
+    """The weighted mean of some places: one reply's own tensors, or tensors made for it."""
 
     weight: float
-    tensors: Sequence[Tensor]
-    buffer: _Buffer | None = None
+    tensors: list[Tensor]
+    is_own: bool = False
 
 
 class TreeMean:
     r"""The weighted mean ``sum_k p_k x_k`` with ``p_k = w_k / sum_j w_j``, in float32 (float64 stays).
 
-    A node holds the mean of its clients and their weight: ``m = m_l + w_r / (w_l + w_r) (m_r - m_l)``, in one pass over
-    the memory, in place; so the mean of equal values is that value exactly, and large weights overflow nothing. A
+    Merged are the means of clients and their weights: ``m = m_l + w_r / (w_l + w_r) (m_r - m_l)``, in one pass over the
+    memory, in place; so the mean of equal values is that value exactly, and large weights overflow nothing. A
     reply's own tensors are read when its neighbour is there, never written, and not copied before.
 
     Args:
@@ -147,7 +198,7 @@ class TreeMean:
     """
 
     def __init__(self, places: Sequence[int]) -> None:
-        self._tree: FixedTree[_Part] = FixedTree(places, partial(_merge_means, []))
+        self._fold: FixedFold[_Part] = FixedFold(places, partial(_merge_means, []))
         self._keys: list[str] = []
         self._shapes: list[torch.Size] = []
 
@@ -170,11 +221,11 @@ class TreeMean:
             raise ValueError(f"the tensors for place {index} differ from the others in keys, order or shapes")
         if not 0 < weight < float("inf"):
             raise ValueError(f"weights must be positive numbers, got {weight}")
-        self._tree.put(index, _Part(weight, values))
+        self._fold.put(index, _Part(weight, values))
 
     def skip(self, index: int) -> None:
         """Nothing will come for a place."""
-        self._tree.put(index, None)
+        self._fold.put(index, None)
 
     def result(self) -> tuple[dict[str, Tensor], float]:
         """The mean, in tensors of their own, and the sum of the weights.
@@ -182,25 +233,29 @@ class TreeMean:
         Raises:
             ValueError: if nothing was added.
         """
-        part = self._tree.result()
+        part = self._fold.result()
         if part is None:
             raise ValueError("there is no mean of nothing")
-        return dict(zip(self._keys, [tensor.clone() for tensor in part.tensors], strict=True)), part.weight
+        tensors = part.tensors if part.is_own else [tensor.clone() for tensor in part.tensors]
+        return dict(zip(self._keys, tensors, strict=True)), part.weight
 
 
-def _merge_means(spare: list[_Buffer], left: _Part, right: _Part) -> _Part:
-    """The weighted mean of both, in the buffer of either or a spare one."""
+def _merge_means(spare: list[list[Tensor]], left: _Part, right: _Part) -> _Part:
+    """The weighted mean of both, in the tensors of either; where both are a reply's, in spare or new ones."""
     weight = left.weight + right.weight
     share = right.weight / weight
-    if left.buffer is not None and right.buffer is not None:
-        for into, other in zip(left.buffer.flats, right.buffer.flats, strict=True):
-            into.lerp_(other, share)
-        spare.append(right.buffer)
-        return _Part(weight, left.tensors, left.buffer)
-    buffer = left.buffer or right.buffer or (spare.pop() if spare else _Buffer(left.tensors))
-    for one, other, into in zip(left.tensors, right.tensors, buffer.views, strict=True):
-        torch.lerp(one, other, share, out=into)
-    return _Part(weight, buffer.views, buffer)
+    if left.is_own:
+        torch._foreach_lerp_(left.tensors, right.tensors, share)
+        if right.is_own:
+            spare.append(right.tensors)
+        return _Part(weight, left.tensors, is_own=True)
+    if right.is_own:
+        into = right.tensors
+    else:
+        into = spare.pop() if spare else [torch.empty_like(tensor) for tensor in left.tensors]
+    for one, other, mean in zip(left.tensors, right.tensors, into, strict=True):
+        torch.lerp(one, other, share, out=mean)
+    return _Part(weight, into, is_own=True)
 
 
 @dataclass
@@ -224,7 +279,7 @@ class TreeProducts:
 
     def __init__(self, layers: Sequence[FactorisedLayer], places: Sequence[int]) -> None:
         self._layers = {layer.name: layer for layer in layers}
-        self._tree: FixedTree[_Products] = FixedTree(places, partial(_merge_products, layers))
+        self._fold: FixedFold[_Products] = FixedFold(places, partial(_merge_products, layers))
 
     def add(self, index: int, adapter: Mapping[str, Tensor], weight: float) -> None:
         """Take a client's adapter in; a layer whose product one client does not tell is left out.
@@ -237,11 +292,11 @@ class TreeProducts:
             if has_product(layer, adapter):
                 a, b = as_pair(layer, {key: value.double() for key, value in of(layer, adapter).items()})
                 pairs[name] = (b * weight, a)
-        self._tree.put(index, _Products(weight, pairs))
+        self._fold.put(index, _Products(weight, pairs))
 
     def skip(self, index: int) -> None:
         """Nothing will come for a place."""
-        self._tree.put(index, None)
+        self._fold.put(index, None)
 
     def errors(self, applied: Mapping[str, Tensor]) -> dict[str, float]:
         """``||M - D||_F / ||M||_F`` for every layer whose products are known; see `aggregation_error`.
@@ -249,7 +304,7 @@ class TreeProducts:
         Args:
             applied: the adapter whose product is ``D``.
         """
-        whole = self._tree.result()
+        whole = self._fold.result()
         if whole is None:
             return {}
         errors = {}

@@ -7,6 +7,7 @@ import torch
 
 from fedloru_flwr.lowrank import (
     FactorisedLayer,
+    FixedFold,
     FixedTree,
     TreeMean,
     TreeProducts,
@@ -236,9 +237,60 @@ def test_whoever_else_was_asked_does_not_matter() -> None:
     assert written([0, 2, 3, 7, 8], {0, 2, 3, 7, 8}) == "(((0 (2 3)) 7) 8)"
 
 
-def test_places_out_of_order_are_refused() -> None:
+@pytest.mark.parametrize("kind", [FixedTree, FixedFold])
+@pytest.mark.parametrize("places", [[2, 1], [70, 40, 2]])
+def test_places_out_of_order_are_refused(kind: type, places: list[int]) -> None:
     with pytest.raises(ValueError, match="ascending"):
-        FixedTree([2, 1], max)
+        kind(places, max)
+
+
+def folded_text(places: list[int], replied: set[int], order: list[int]) -> str | None:
+    fold = FixedFold(places, lambda left, right: f"({left} {right})")
+    for index in order:
+        fold.put(index, str(places[index]) if places[index] in replied else None)
+    return fold.result()
+
+
+def test_a_run_is_merged_from_left_to_right_and_runs_are_merged_as_a_tree() -> None:
+    places = [0, 3, 5, 31, 32, 33, 64, 100, 200]
+    expected = "((((((0 3) 5) 31) (32 33)) (64 100)) 200)"
+    for seed in range(20):
+        order = random.Random(seed).sample(range(len(places)), len(places))
+        assert folded_text(places, set(places), order) == expected
+
+
+def test_whoever_else_was_asked_does_not_matter_to_a_fold() -> None:
+    draw = random.Random(1)
+    for _ in range(200):
+        places = sorted(draw.sample(range(200), draw.randint(1, 40)))
+        replied = set(draw.sample(places, draw.randint(1, len(places))))
+        order = draw.sample(range(len(places)), len(places))
+        alone = sorted(replied)
+        assert folded_text(places, replied, order) == folded_text(alone, replied, list(range(len(alone))))
+
+
+def test_in_order_a_fold_holds_fewer_values_than_a_tree_and_out_of_order_those_that_wait() -> None:
+    fold, most = FixedFold(range(1000), lambda left, right: left + right), 0
+    for place in range(1000):
+        fold.put(place, 1)
+        most = max(most, fold.held())
+    assert most <= math.log2(1000 / 32) + 2
+    assert fold.result() == 1000
+    backwards = FixedFold(range(32), lambda left, right: left + right)
+    for place in range(31, 0, -1):
+        backwards.put(place, 1)
+    assert backwards.held() == 31
+    backwards.put(0, 1)
+    assert (backwards.held(), backwards.result()) == (0, 32)
+
+
+@pytest.mark.parametrize("place", [-1, 4, 2])
+def test_a_fold_refuses_a_place_that_is_not_there_or_known(place: int) -> None:
+    fold = FixedFold(range(4), max)
+    fold.put(2, 1)
+    with pytest.raises(ValueError, match=f"place {place} of 4"):
+        fold.put(place, 1)
+    assert FixedFold(range(3), max).result() is None
 
 
 def test_numbers_are_their_own_places_and_other_names_come_after_them() -> None:
