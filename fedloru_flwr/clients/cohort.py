@@ -17,7 +17,7 @@ from torch.optim.sgd import sgd
 
 from fedloru_flwr.clients.memory import keep_freed_memory
 from fedloru_flwr.clients.task import LocalResult, LocalTask, Phase
-from fedloru_flwr.clients.training import LocalOptimisation, batches
+from fedloru_flwr.clients.training import LocalOptimisation, random_order
 from fedloru_flwr.data import Samples
 from fedloru_flwr.models.functional import FunctionalModel
 
@@ -179,25 +179,24 @@ class _Schedule:
         dtype: torch.dtype,
     ) -> None:
         size = min(batch_size, max(counts))
-        per_epoch = [-(-count // batch_size) for count in counts]
-        total = max(per_epoch) * epochs
-        index = torch.zeros(len(counts), total, size, dtype=torch.long)
-        length = torch.zeros(len(counts), total, dtype=torch.long)
-        share = torch.zeros(len(counts), total, dtype=torch.float64)
+        count = torch.tensor(counts)[:, None]
+        per_epoch = -(-count // batch_size)
+        total = int(per_epoch.max()) * epochs
+        index = torch.zeros(len(counts), total * size, dtype=torch.long)
         start = 0
-        for client, (count, generator, steps) in enumerate(zip(counts, generators, per_epoch, strict=True)):
-            own = torch.zeros(epochs, steps * size, dtype=torch.long)
-            for epoch in range(epochs):
-                own[epoch, :count] = torch.cat(list(batches(count, batch_size, generator, no_single=False)))
-            end = epochs * steps
-            index[client, :end] = own.view(end, size) + start
-            length[client, :end] = size
-            length[client, steps - 1 : end : steps] = count - (steps - 1) * size
-            share[client, end - steps : end] = length[client, end - steps : end].double() / count
-            start += count
+        for own, row, steps, generator in zip(counts, index, per_epoch[:, 0].tolist(), generators, strict=True):
+            orders = torch.stack([random_order(own, generator) for _ in range(epochs)])
+            row[: epochs * steps * size].view(epochs, -1)[:, :own] = orders + start
+            start += own
+        index = index.view(len(counts), total, size)
+        step = torch.arange(total)
+        is_taken = step < per_epoch * epochs
+        is_last = is_taken & (step >= per_epoch * (epochs - 1))
+        length = (count - step % per_epoch * batch_size).clamp(max=size) * is_taken
+        share = length.double() / count * is_last
         there = torch.arange(size) < length[..., None]
         weight = there / length.clamp(min=1)[..., None].to(dtype)
-        self.steps = torch.tensor(per_epoch) * epochs
+        self.steps = per_epoch[:, 0] * epochs
         self.active = [int((self.steps > step).sum()) for step in range(total)]
         self.width = length.amax(0).tolist()
         self.index = torch.where(there, index, index[..., :1]).transpose(0, 1).contiguous().to(device)

@@ -59,6 +59,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def random_order(count: int, generator: torch.Generator) -> Tensor:
+    """The order in which one epoch goes through so many samples."""
+    return torch.randperm(count, generator=generator)
+
+
 def batches(count: int, batch_size: int, generator: torch.Generator, *, no_single: bool) -> Iterator[Tensor]:
     """Yield the indices of one epoch's batches in random order.
 
@@ -68,7 +73,7 @@ def batches(count: int, batch_size: int, generator: torch.Generator, *, no_singl
         generator: of the order.
         no_single: join a last batch of one sample to the one before it (batch normalisation cannot train on it).
     """
-    chunks = list(torch.split(torch.randperm(count, generator=generator), batch_size))
+    chunks = list(torch.split(random_order(count, generator), batch_size))
     if no_single and len(chunks) > 1 and len(chunks[-1]) == 1:
         chunks[-2:] = [torch.cat(chunks[-2:])]
     yield from chunks
