@@ -47,7 +47,6 @@ check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/mypy
 	$(BIN)/mypy examples/deploy
 	$(BIN)/mypy examples/llm-tiny
-	$(BIN)/mypy examples/llm-tiny
 
 clean:  ## remove .venv, caches and build products (runs/ stays)
 	rm -rf $(VENV) .venv-bench-pfl build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fedloru_flwr.lowrank import Codec, CodecError, digest_tensors
-from fedloru_flwr.lowrank.ledger import CODED, as_tensor
+from fedloru_flwr.lowrank.ledger import CODED, as_tensor, bytes_of
 
 RESIDUAL = "residual/"
 Fresh = Callable[[int], Mapping[str, Tensor]]
@@ -267,17 +267,6 @@ def _fits(drawn: Tensor, other: Tensor | None) -> bool:
 
 def _size(tensors: Mapping[str, Tensor]) -> float:
     return sum(float(torch.linalg.vector_norm(tensor.float())) for tensor in tensors.values())
-
-
-def bytes_of(arrays: Mapping[str, Tensor]) -> bytes:
-    """The bytes that travel in place of tensors.
-
-    Raises:
-        CodecError: if the tensors are something else.
-    """
-    if list(arrays) != [CODED] or arrays[CODED].dtype != torch.uint8 or arrays[CODED].dim() != 1:
-        raise CodecError(f"expected one array {CODED!r} of bytes, got {', '.join(list(arrays)[:3]) or 'none'}")
-    return arrays[CODED].numpy().tobytes()
 
 
 def flat_parts(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

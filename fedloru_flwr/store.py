@@ -57,21 +57,7 @@ def _shared_store(path: str) -> "Store":
     return Store(Path(path), durable=False)
 
 
-_CHAINS_KEPT = 3
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:  # another process has removed it
-        return 0.0
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+CHAINS_KEPT = 3  # of the ends of chains, the newest, whatever their size
 
 
 class Store:
@@ -100,7 +86,7 @@ class Store:
     def _write(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_tensors(path, tensors, metadata, durable=False)
-        self._trim(keep=path)
+        self._trim("*/*.safetensors", self.max_bytes, keep=path)
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         from safetensors import SafetensorError, safe_open
@@ -124,11 +110,7 @@ class Store:
         if path.exists():
             return
         self._write(path, tensors, {"digest": digest_tensors(tensors)})
-        files = sorted(path.parent.glob("*.safetensors"), key=_modified)
-        sizes = [_size(file) for file in files]
-        while len(files) > _CHAINS_KEPT and sum(sizes) > self.max_bytes // 4:
-            sizes.pop(0)
-            files.pop(0).unlink(missing_ok=True)
+        self._trim("chains/*.safetensors", self.max_bytes // 4, keep=path, newest=CHAINS_KEPT)
 
     def followed(self, digest: str) -> dict[str, Tensor] | None:
         """The Trainables at the end of a chain, or None; a damaged file is removed and counts as absent."""
@@ -239,15 +221,16 @@ class Store:
                 shutil.rmtree(directory, ignore_errors=True)
                 total -= size
 
-    def _trim(self, keep: Path) -> None:
+    def _trim(self, pattern: str, limit: int, *, keep: Path, newest: int = 0) -> None:
+        """Drop the files of a pattern, oldest first, while all exceed a limit; but not one of them, nor the newest."""
         files = []
-        for file in self.path.glob("*/*.safetensors"):
-            with contextlib.suppress(OSError):
+        for file in self.path.glob(pattern):
+            with contextlib.suppress(OSError):  # another process has removed it
                 status = file.stat()
                 files.append((status.st_mtime, status.st_size, file))
         total = sum(size for _, size, _ in files)
-        for _, size, file in sorted(files):
-            if total <= self.max_bytes:
+        for _, size, file in sorted(files)[: len(files) - newest]:
+            if total <= limit:
                 return
             if file != keep:
                 file.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ own loop on a model of one client, or on many clients at once.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 
 from torch import Tensor
@@ -39,7 +39,7 @@ class Site:
     client: str
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def known(self) -> dict[str, Tensor]:
         """What the server knows too, before training: what it sent, and fresh factors where it sent none."""
         return self.plan.with_fresh(self.received, self.settings.seed, self.work.draw, self.work.rank or None)

@@ -41,13 +41,12 @@ from fedloru_flwr.lowrank import (
 )
 from fedloru_flwr.lowrank.random import GeneratorStates
 from fedloru_flwr.models.adapters import AdaptedModel
-from fedloru_flwr.models.plan import AdapterPlan, as_sent, build_seeded, fresh_factors, plain_state, plan_model
-from fedloru_flwr.store import Holdings, Store, default_store
+from fedloru_flwr.models.plan import AdapterPlan, build_seeded, initial_trainables, plain_state, plan_model
+from fedloru_flwr.store import CHAINS_KEPT, Holdings, Store, default_store
 
 ModelSource = Callable[[], nn.Module] | nn.Module
 _log = logging.getLogger("flwr")
 _MODELS_KEPT = 4
-_CHAINS_KEPT = 3
 
 
 class SessionAnswer(Exception):
@@ -143,16 +142,14 @@ class _HostedModel:
         """The Trainables before round 1 as this client builds them, if they have this digest."""
         if self._factory is None:
             return None
-        plan, seed = self.adapted.plan, self._settings.seed
-        values = plain_state(build_seeded(self._factory, seed))
-        fresh = fresh_factors(plan.base_of(values), plan, seed, 0)
-        built = {**fresh, **{name: as_sent(values[name]) for name in plan.dense_leaves}}
+        seed = self._settings.seed
+        built = initial_trainables(plain_state(build_seeded(self._factory, seed)), self.adapted.plan, seed)
         return built if digest_tensors(built) == digest else None
 
     def remember(self, digest: str, y: dict[str, Tensor]) -> None:
         """Keep what many clients of this process hold: the last ends of chains."""
         self.followed[digest] = y
-        while len(self.followed) > _CHAINS_KEPT:
+        while len(self.followed) > CHAINS_KEPT:
             del self.followed[next(iter(self.followed))]
 
     def has_base(self, lineage: str, store: Store) -> bool:

@@ -147,9 +147,9 @@ class Codec:
         if self.keep < 1:
             flat = torch.cat([tensor.reshape(-1) for tensor in plain]) if plain else torch.empty(0)
             chosen = _chosen(flat, layout)
-            parts, arrived = self._quantised(_numpy(flat[chosen.to(flat.device)]), layout, seed)
+            parts, sent = self._quantised(_numpy(flat[chosen.to(flat.device)]), layout, seed)
             parts.append(_numpy(layout.places.write(chosen)))
-            arrived = None if arrived is None else arrived.at(chosen)
+            arrived = sent.at(chosen)
         elif layout.total <= _BLOCK:
             parts, arrived = self._quantised(layout.by_rows(plain), layout, seed)
         else:
@@ -157,7 +157,7 @@ class Codec:
         data = b"".join(part.tobytes() for part in parts)
         return (_compressed(data) if self.lossless else data), arrived
 
-    def _quantised(self, values: Floats, layout: "_Layout", seed: int) -> "tuple[list[Any], _Numbers | None]":
+    def _quantised(self, values: Floats, layout: "_Layout", seed: int) -> "tuple[list[Any], _Numbers]":
         """Numbers, row by row, as parts of the bytes; and what these stand for."""
         if self.numbers in _FLOATS:
             sent = torch.from_numpy(values).to(_FLOATS[self.numbers])
@@ -216,7 +216,7 @@ class Codec:
             return small
         numbers, at, row = np.empty(layout.sent, np.float32), 0, 0
         for rows, count in zip(layout.rows, layout.counts, strict=True):
-            if count:  # row by row would cost more to address than to compute, or take another copy
+            if count:  # a scale repeated for each number would take as much memory again
                 into = numbers[at : at + count].reshape(rows, -1)
                 np.multiply(codes[at : at + count].reshape(rows, -1), scales[row : row + rows, None], out=into)
             at, row = at + count, row + rows

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedloru_flwr.lowrank.codecs import Codec
+from fedloru_flwr.lowrank.codecs import Codec, CodecError
 from fedloru_flwr.lowrank.factors import Adapter
 
 CODED = "coded"  # the key of a coded entry's bytes
@@ -42,6 +42,17 @@ def digest_tensors(tensors: Mapping[str, Tensor], *, salt: bytes = b"") -> str:
 def as_tensor(data: bytes) -> Tensor:
     """Bytes as a tensor of them."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def bytes_of(arrays: Mapping[str, Tensor]) -> bytes:
+    """The bytes that travel in place of tensors.
+
+    Raises:
+        CodecError: if the tensors are something else.
+    """
+    if list(arrays) != [CODED] or arrays[CODED].dtype != torch.uint8 or arrays[CODED].dim() != 1:
+        raise CodecError(f"expected one array {CODED!r} of bytes, got {', '.join(list(arrays)[:3]) or 'none'}")
+    return arrays[CODED].numpy().tobytes()
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ class Entry:
             codec, coded, adapter = str(raw.get("codec", "")), b"", tensors
             if codec:
                 shapes = {str(key): tuple(map(int, shape)) for key, shape in raw["shapes"].items()}
-                coded = tensors[CODED].numpy().tobytes()
+                coded = bytes_of(tensors)
                 adapter = Codec.parse(codec).decode(coded, shapes)
         except (KeyError, TypeError, OverflowError, AttributeError) as error:
             raise ValueError(f"a ledger entry lacks or mistypes {error}") from error

@@ -1,6 +1,6 @@
 r"""Means over many clients that are formed as the replies come, in little memory, whatever the order they come in.
 
-Every client has a place, a number of its own. The numbers are cut into runs of 32, whose clients are merged one after
+Every client has a place, a number of its own. The numbers are cut into runs of 128, whose clients are merged one after
 the other. A binary tree stands over the runs (its nodes are those that share their leading bits); the value of a node
 is that of its left half merged with that of its right half, formed as soon as both are known, and whatever nobody
 replied in is passed over. So the result is formed by the same operations on the same operands, bit for bit, in whatever
@@ -111,10 +111,10 @@ class FixedTree(Generic[T]):
 
 
 class FixedFold(Generic[T]):
-    """Values of places merged from left to right in runs of 32 places, and the runs' values by a `FixedTree`.
+    """Values of places merged from left to right in runs of 128 places, and the runs' values by a `FixedTree`.
 
     A run has one value, which grows in place, where a tree has one a level: that is less memory to go through. Where
-    values become known in their order about ``log2(n / 32) + 2`` are held; one that comes before its turn waits.
+    values become known in their order about ``log2(n / 128) + 2`` are held; one that comes before its turn waits.
 
     Args:
         places: in ascending order, at least one.
@@ -174,7 +174,7 @@ class FixedFold(Generic[T]):
         return self._tree.result()
 
 
-_RUN_BITS = 5
+_RUN_BITS = 7
 
 
 @dataclass

@@ -556,6 +556,12 @@ def build_seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
     return model
 
 
+def initial_trainables(values: Mapping[str, Tensor], plan: AdapterPlan, seed: int) -> dict[str, Tensor]:
+    """The Trainables before the first round: fresh factors, and the dense leaves of the plain model's ``values``."""
+    dense = {name: as_sent(values[name]) for name in plan.dense_leaves}
+    return {**fresh_factors(plan.base_of(values), plan, seed, 0), **dense}
+
+
 def as_sent(tensor: Tensor) -> Tensor:
     """A tensor in the number format it travels in: float32, or float64 where it is that."""
     return tensor if tensor.dtype.itemsize == 8 else tensor.float()

@@ -6,7 +6,6 @@ complete its message, judge the replies, let the inner strategy aggregate the go
 returns as the truth, accumulate if due, evaluate, save.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,6 +53,7 @@ from fedloru_flwr.strategies.judging import (
 from fedloru_flwr.strategies.orders import Bill, Orders
 from fedloru_flwr.strategies.ranks import RankMap
 from fedloru_flwr.strategies.receiving import is_in_memory
+from fedloru_flwr.strategies.refusals import check_options, refuse_combinations
 from fedloru_flwr.strategies.roster import Roster
 from fedloru_flwr.strategies.spread import spread
 from fedloru_flwr.strategies.state import (
@@ -223,33 +223,23 @@ class FederatedStrategy(Strategy):
         train_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None = None,
         evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None = None,
     ) -> None:
-        for name, value in (
-            ("fraction_train", fraction_train),
-            ("fraction_evaluate", fraction_evaluate),
-            ("max_failure_fraction", max_failure_fraction),
-        ):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} must be between 0 and 1, got {value}")
-        if fraction_train == 0.0:
-            raise ValueError("fraction_train is 0: nobody would train; give a fraction above 0")
-        for name, every in (("checkpoint_every", checkpoint_every), ("evaluate_every", evaluate_every)):
-            if every < 1:
-                raise ValueError(f"{name} must be at least 1 round, got {every}")
-        for name, number in (
-            ("proximal_mu", proximal_mu),
-            ("max_norm_ratio", max_norm_ratio),
-            ("target_accuracy", target_accuracy),
-        ):
-            if not 0.0 <= number < math.inf:
-                raise ValueError(f"{name} must be a number of at least 0, got {number}")
-        if max_total_bytes < 0:
-            raise ValueError(f"max_total_bytes must be at least 0 (no limit), got {max_total_bytes}")
-        if num_clients is not None and num_clients < 1:
-            raise ValueError(f"num_clients must be at least 1, got {num_clients}")
-        if reinit not in ("reset", "keep"):
-            raise ValueError(f"reinit must be 'reset' or 'keep', got {reinit!r}")
-        if settings.accumulate_into not in ("merge", "stack"):
-            raise ValueError(f"accumulate_into must be 'merge' or 'stack', got {settings.accumulate_into!r}")
+        check_options(
+            fractions={
+                "fraction_train": fraction_train,
+                "fraction_evaluate": fraction_evaluate,
+                "max_failure_fraction": max_failure_fraction,
+            },
+            periods={"checkpoint_every": checkpoint_every, "evaluate_every": evaluate_every},
+            amounts={
+                "proximal_mu": proximal_mu,
+                "max_norm_ratio": max_norm_ratio,
+                "target_accuracy": target_accuracy,
+            },
+            max_total_bytes=max_total_bytes,
+            num_clients=num_clients,
+            reinit=reinit,
+            accumulate_into=settings.accumulate_into,
+        )
         self._model = deepcopy(model) if isinstance(model, nn.Module) else _build_undisturbed(model, settings.seed)
         s = settings
         self.plan = plan_model(self._model, s.form, s.rank, s.alpha, s.target_modules, s.dense_leaves)
@@ -282,7 +272,7 @@ class FederatedStrategy(Strategy):
         self.downlink = Downlink(CodecSchedule.parse(downlink_codec), self.plan, self.seed)
         can_feed_back = not self.uplink.is_exact and "feedback" not in self.refused
         self.feedback = can_feed_back if error_feedback is None else error_feedback
-        self._refuse_combinations()
+        refuse_combinations(self)
         self.num_clients = num_clients
         self.checkpoint_every = checkpoint_every
         self.evaluate_every = evaluate_every
@@ -351,66 +341,6 @@ class FederatedStrategy(Strategy):
             key: value if wire.is_frozen(key, half) else mean[key] for key, value in self.state.trainables.items()
         }
         return Outcome(trainables, applied=self.plan.whole(trainables, self.seed, self.state.draw))
-
-    def _refuse_combinations(self) -> None:
-        """Refuse what makes no sense together, with the reason."""
-        drawn_every_round = self.schedule.every == 1 and self.reinit == "reset" and bool(self.plan.adapted)
-        for remembers, name in ((self.scaffold, "scaffold=True"), (self.inner.has_moments(), "a server optimiser")):
-            if remembers and drawn_every_round:
-                raise ValueError(
-                    f"{type(self).__name__} that accumulates every round cannot be combined with {name}: its factors "
-                    "are drawn anew every round, so that what is remembered of them is always zero; accumulate less "
-                    "often"
-                )
-        if self.inner.is_private() and self.scaffold:
-            raise ValueError(
-                f"{type(self.inner.strategy).__name__} cannot be combined with scaffold=True: control variates are "
-                "clients' mean gradients, which travel and are averaged without clipping and noise"
-            )
-        if self.feedback and self.uplink.is_exact:
-            raise ValueError(
-                f"error_feedback=True means nothing with uplink_codec = {str(self.uplink)!r}, which leaves nothing out"
-            )
-        if self.inner.clips_on_clients() and not (self.uplink.is_plain and self.downlink.schedule.is_plain):
-            raise ValueError(
-                f"{type(self.inner.strategy).__name__} cannot be combined with codecs: its mod on the clients clips "
-                "plain tensors, and finds coded ones; let the server clip (DifferentialPrivacyServerSide...)"
-            )
-        if self.inner.is_private() and self.schedule.when == "loss":
-            raise ValueError(
-                f"{type(self.inner.strategy).__name__} cannot be combined with accumulate_when='loss': when the model "
-                "changes would tell of the clients' losses, which no noise covers; use 'rank'"
-            )
-        if self.inner.is_private() and self.feedback:
-            raise ValueError(
-                f"{type(self.inner.strategy).__name__} cannot be combined with error feedback: what is clipped off "
-                "would come again the next time; set error_feedback=False"
-            )
-        if self.inner.is_private() and self.plan.statistics:
-            names = ", ".join(sorted({name.rpartition(".")[0] for name in self.plan.statistics})[:3])
-            raise ValueError(
-                f"{type(self.inner.strategy).__name__} cannot be combined with running statistics (of {names}): they "
-                "are averaged without clipping and noise, and would tell of the clients' data; use GroupNorm instead "
-                "of BatchNorm"
-            )
-        if self.target_accuracy and not self.has_global_model:
-            raise ValueError(
-                f"{type(self).__name__} cannot be combined with target_accuracy={self.target_accuracy:g}: it has no "
-                "global model whose accuracy could reach it"
-            )
-        asked = {
-            "inner": None if self.inner.is_plain() else f"inner={type(self.inner.strategy).__name__}",
-            "scaffold": "scaffold=True" if self.scaffold else None,
-            "ranks": None if self.ranks.uniform else "clients of different ranks",
-            "stack": "accumulate_into='stack'" if self.settings.accumulate_into == "stack" else None,
-            "keep": "reinit='keep'" if self.reinit == "keep" else None,
-            "feedback": "error_feedback=True" if self.feedback else None,
-            "sparse-up": f"uplink_codec={str(self.uplink)!r}" if any(c.keep < 1 for c in self.uplink.codecs) else None,
-            "sparse": f"downlink_codec={str(self.downlink)!r}" if self.downlink.is_sparse() else None,
-        }
-        for what, reason in self.refused.items():
-            if asked.get(what):
-                raise ValueError(f"{type(self).__name__} cannot be combined with {asked[what]}: {reason}")
 
     # --- what users call -------------------------------------------------------------------------------------------
 

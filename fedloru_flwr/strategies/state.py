@@ -10,7 +10,14 @@ from fedloru_flwr.coding import Chain, Step
 from fedloru_flwr.lowrank import Adapter, Codec, Entry, Ledger, derive_seed, digest_tensors, fold
 from fedloru_flwr.lowrank.factors import has_product
 from fedloru_flwr.lowrank.ledger import as_tensor
-from fedloru_flwr.models.plan import AdapterPlan, as_sent, canonical_names, fresh_factors, plain_state
+from fedloru_flwr.models.plan import (
+    AdapterPlan,
+    as_sent,
+    canonical_names,
+    fresh_factors,
+    initial_trainables,
+    plain_state,
+)
 from fedloru_flwr.runs import Checkpoint
 
 Reinit = Literal["reset", "keep"]
@@ -64,10 +71,9 @@ def initial_state(model: nn.Module, plan: AdapterPlan, seed: int) -> ServerState
     """The state before the first round: the plain model's own values and fresh factors."""
     values = plain_state(model)
     base = plan.base_of(values)
-    dense = {name: as_sent(values[name]) for name in plan.dense_leaves}
     return ServerState(
         server_round=0,
-        trainables={**fresh_factors(base, plan, seed, 0), **dense},
+        trainables=initial_trainables(values, plan, seed),
         statistics={name: as_sent(values[name]) for name in plan.statistics},
         base=base,
         ledger=Ledger(digest_tensors(base)),

@@ -34,8 +34,10 @@ def drawn(place: int) -> dict[str, torch.Tensor]:
     }
 
 
-def folded(places: int, order: list[int], skipped: set[int] = frozenset()) -> tuple[dict[str, torch.Tensor], float]:
-    mean = TreeMean(range(places))
+def folded(
+    places: int, order: list[int], skipped: set[int] = frozenset(), apart: int = 1
+) -> tuple[dict[str, torch.Tensor], float]:
+    mean = TreeMean(range(0, places * apart, apart))
     for place in order:
         if place in skipped:
             mean.skip(place)
@@ -93,13 +95,14 @@ def test_a_place_that_is_not_there_or_known_is_refused(place: int) -> None:
         tree.put(place, 1)
 
 
-@pytest.mark.parametrize("places", [1, 2, 3, 7, 8, 33, 100])
-def test_the_mean_is_the_same_bit_for_bit_in_any_order_and_that_of_all_replies_at_once(places: int) -> None:
+@pytest.mark.parametrize("apart", [1, 50, 1000])
+@pytest.mark.parametrize("places", [1, 2, 3, 7, 8, 33, 200])
+def test_the_mean_is_the_same_bit_for_bit_in_any_order_and_that_of_all_replies_at_once(places: int, apart: int) -> None:
     skipped = {place for place in range(places) if place % 5 == 3}
-    first, total = folded(places, list(range(places)), skipped)
+    first, total = folded(places, list(range(places)), skipped, apart)
     for seed in range(5):
         order = random.Random(seed).sample(range(places), places)
-        mean, weight = folded(places, order, skipped)
+        mean, weight = folded(places, order, skipped, apart)
         assert weight == total
         assert all(torch.equal(mean[key], first[key]) for key in first)
     left = [place for place in range(places) if place not in skipped]
@@ -185,8 +188,9 @@ def pairs(place: int, kind: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["pairs", "hadamard", "partly", "whole"])
+@pytest.mark.parametrize("apart", [1, 50])
 @pytest.mark.parametrize("places", [1, 2, 3, 8, 21])
-def test_aggregation_errors_are_those_of_all_replies_at_once_in_any_order(kind: str, places: int) -> None:
+def test_aggregation_errors_are_those_of_all_replies_at_once_in_any_order(kind: str, places: int, apart: int) -> None:
     adapters, weights = [pairs(place, kind) for place in range(places)], [1.0 + place for place in range(places)]
     applied = pairs(99, kind)
     if kind == "whole":
@@ -195,7 +199,7 @@ def test_aggregation_errors_are_those_of_all_replies_at_once_in_any_order(kind: 
     assert len(expected) == (2 if kind == "partly" and places > 2 else 3)
     found = []
     for seed in range(3):
-        products = TreeProducts(LAYERS, range(places))
+        products = TreeProducts(LAYERS, range(0, places * apart, apart))
         for place in random.Random(seed).sample(range(places), places):
             products.add(place, adapters[place], weights[place])
         found.append(products.errors(applied))
@@ -252,8 +256,8 @@ def folded_text(places: list[int], replied: set[int], order: list[int]) -> str |
 
 
 def test_a_run_is_merged_from_left_to_right_and_runs_are_merged_as_a_tree() -> None:
-    places = [0, 3, 5, 31, 32, 33, 64, 100, 200]
-    expected = "((((((0 3) 5) 31) (32 33)) (64 100)) 200)"
+    places = [0, 3, 5, 127, 128, 130, 256, 300, 600]
+    expected = "((((((0 3) 5) 127) (128 130)) (256 300)) 600)"
     for seed in range(20):
         order = random.Random(seed).sample(range(len(places)), len(places))
         assert folded_text(places, set(places), order) == expected
@@ -262,7 +266,7 @@ def test_a_run_is_merged_from_left_to_right_and_runs_are_merged_as_a_tree() -> N
 def test_whoever_else_was_asked_does_not_matter_to_a_fold() -> None:
     draw = random.Random(1)
     for _ in range(200):
-        places = sorted(draw.sample(range(200), draw.randint(1, 40)))
+        places = sorted(draw.sample(range(800), draw.randint(1, 40)))
         replied = set(draw.sample(places, draw.randint(1, len(places))))
         order = draw.sample(range(len(places)), len(places))
         alone = sorted(replied)
@@ -274,14 +278,14 @@ def test_in_order_a_fold_holds_fewer_values_than_a_tree_and_out_of_order_those_t
     for place in range(1000):
         fold.put(place, 1)
         most = max(most, fold.held())
-    assert most <= math.log2(1000 / 32) + 2
+    assert most <= math.log2(1000 / 128) + 2
     assert fold.result() == 1000
-    backwards = FixedFold(range(32), lambda left, right: left + right)
-    for place in range(31, 0, -1):
+    backwards = FixedFold(range(128), lambda left, right: left + right)
+    for place in range(127, 0, -1):
         backwards.put(place, 1)
-    assert backwards.held() == 31
+    assert backwards.held() == 127
     backwards.put(0, 1)
-    assert (backwards.held(), backwards.result()) == (0, 32)
+    assert (backwards.held(), backwards.result()) == (0, 128)
 
 
 @pytest.mark.parametrize("place", [-1, 4, 2])
