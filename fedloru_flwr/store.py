@@ -57,7 +57,7 @@ def _shared_store(path: str) -> "Store":
     return Store(Path(path), durable=False)
 
 
-CHAINS_KEPT = 3  # of the ends of chains, the newest, whatever their size
+CHAINS_KEPT = 3  # ends of chains, the newest, for which a quarter of the store may be too little
 
 
 class Store:
@@ -229,7 +229,7 @@ class Store:
                 status = file.stat()
                 files.append((status.st_mtime, status.st_size, file))
         total = sum(size for _, size, _ in files)
-        for _, size, file in sorted(files)[: len(files) - newest]:
+        for _, size, file in sorted(files)[: max(0, len(files) - newest)]:
             if total <= limit:
                 return
             if file != keep:

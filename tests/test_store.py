@@ -169,6 +169,20 @@ def test_the_least_recently_used_files_go_first(tmp_path):
     assert [store.has_base(name) for name in names[:4]] == [True, False, True, True]
 
 
+@pytest.mark.parametrize(("numbers", "kept"), [(2000, 3), (500, 5), (100, 6)])
+def test_of_the_ends_of_chains_the_newest_three_stay_and_what_fits_into_a_quarter(tmp_path, numbers, kept):
+    store = Store(tmp_path, max_bytes=44_000)
+    names = [f"{index:064x}" for index in range(6)]
+    for index, name in enumerate(names):
+        store.put_followed(name, {"w": torch.full((numbers,), float(index))})
+        os.utime(tmp_path / "chains" / f"{name}.safetensors", (1000 + index, 1000 + index))
+        there = [store.followed(one) is not None for one in names[: index + 1]]
+        for age, one in enumerate(names[: index + 1]):  # who looks makes them recent
+            if there[age]:
+                os.utime(tmp_path / "chains" / f"{one}.safetensors", (1000 + age, 1000 + age))
+        assert there == [False] * (index + 1 - min(index + 1, kept)) + [True] * min(index + 1, kept)
+
+
 def test_what_was_just_put_stays_even_if_it_is_too_large(tmp_path):
     store = Store(tmp_path / "store", max_bytes=100)
     store.put_base(ROOT, {"w": torch.zeros(1000)})

@@ -185,8 +185,9 @@ class _Schedule:
         index = torch.zeros(len(counts), total * size, dtype=torch.long)
         start = 0
         for own, row, steps, generator in zip(counts, index, per_epoch[:, 0].tolist(), generators, strict=True):
-            orders = torch.stack([random_order(own, generator) for _ in range(epochs)])
-            row[: epochs * steps * size].view(epochs, -1)[:, :own] = orders + start
+            if epochs:
+                orders = torch.stack([random_order(own, generator) for _ in range(epochs)])
+                row[: epochs * steps * size].view(epochs, -1)[:, :own] = orders + start
             start += own
         index = index.view(len(counts), total, size)
         step = torch.arange(total)

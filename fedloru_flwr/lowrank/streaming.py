@@ -1,6 +1,6 @@
 r"""Means over many clients that are formed as the replies come, in little memory, whatever the order they come in.
 
-Every client has a place, a number of its own. The numbers are cut into runs of 128, whose clients are merged one after
+Every client has a place, a number of its own. The numbers are cut into runs of 8, whose clients are merged one after
 the other. A binary tree stands over the runs (its nodes are those that share their leading bits); the value of a node
 is that of its left half merged with that of its right half, formed as soon as both are known, and whatever nobody
 replied in is passed over. So the result is formed by the same operations on the same operands, bit for bit, in whatever
@@ -35,7 +35,7 @@ class FixedTree(Generic[T]):
     """A binary tree over places, whose nodes are merged as soon as both halves are known.
 
     Where they become known in their order at most as many values are held at once as the tree has levels, about
-    ``log2(n) + 1``; in any other, at most about ``2 log2(n)`` for every run of places that are known.
+    ``log2(n) + 1``; in any other, at most about ``2 log2(n)`` for every stretch of places that are known.
 
     Args:
         places: in ascending order, at least one.
@@ -111,10 +111,11 @@ class FixedTree(Generic[T]):
 
 
 class FixedFold(Generic[T]):
-    """Values of places merged from left to right in runs of 128 places, and the runs' values by a `FixedTree`.
+    """Values of places merged from left to right in runs of 8 places, and the runs' values by a `FixedTree`.
 
     A run has one value, which grows in place, where a tree has one a level: that is less memory to go through. Where
-    values become known in their order about ``log2(n / 128) + 2`` are held; one that comes before its turn waits.
+    values become known in their order about ``log2(n / 8) + 2`` are held, of places one after the other. A value that
+    comes before its turn in its run waits: longer runs are faster, and hold more while somebody is late.
 
     Args:
         places: in ascending order, at least one.
@@ -174,16 +175,16 @@ class FixedFold(Generic[T]):
         return self._tree.result()
 
 
-_RUN_BITS = 7
+_RUN_BITS = 3
 
 
 @dataclass
 class _Part:
-    """The weighted mean of some places: one reply's own tensors, or tensors made for it."""
+    """The weighted mean of some places: in one reply's own tensors, or in tensors made for it, to be written into."""
 
     weight: float
     tensors: list[Tensor]
-    is_own: bool = False
+    is_made: bool = False
 
 
 class TreeMean:
@@ -236,7 +237,8 @@ class TreeMean:
         part = self._fold.result()
         if part is None:
             raise ValueError("there is no mean of nothing")
-        tensors = part.tensors if part.is_own else [tensor.clone() for tensor in part.tensors]
+        tensors = part.tensors if part.is_made else [tensor.clone() for tensor in part.tensors]
+        part.is_made = False  # they are the caller's now
         return dict(zip(self._keys, tensors, strict=True)), part.weight
 
 
@@ -244,18 +246,19 @@ def _merge_means(spare: list[list[Tensor]], left: _Part, right: _Part) -> _Part:
     """The weighted mean of both, in the tensors of either; where both are a reply's, in spare or new ones."""
     weight = left.weight + right.weight
     share = right.weight / weight
-    if left.is_own:
-        torch._foreach_lerp_(left.tensors, right.tensors, share)
-        if right.is_own:
+    if left.is_made:
+        if left.tensors:
+            torch._foreach_lerp_(left.tensors, right.tensors, share)
+        if right.is_made:
             spare.append(right.tensors)
-        return _Part(weight, left.tensors, is_own=True)
-    if right.is_own:
+        return _Part(weight, left.tensors, is_made=True)
+    if right.is_made:
         into = right.tensors
     else:
-        into = spare.pop() if spare else [torch.empty_like(tensor) for tensor in left.tensors]
+        into = spare.pop() if spare else [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in left.tensors]
     for one, other, mean in zip(left.tensors, right.tensors, into, strict=True):
         torch.lerp(one, other, share, out=mean)
-    return _Part(weight, into, is_own=True)
+    return _Part(weight, into, is_made=True)
 
 
 @dataclass
@@ -279,7 +282,7 @@ class TreeProducts:
 
     def __init__(self, layers: Sequence[FactorisedLayer], places: Sequence[int]) -> None:
         self._layers = {layer.name: layer for layer in layers}
-        self._fold: FixedFold[_Products] = FixedFold(places, partial(_merge_products, layers))
+        self._tree: FixedTree[_Products] = FixedTree(places, partial(_merge_products, layers))
 
     def add(self, index: int, adapter: Mapping[str, Tensor], weight: float) -> None:
         """Take a client's adapter in; a layer whose product one client does not tell is left out.
@@ -292,11 +295,11 @@ class TreeProducts:
             if has_product(layer, adapter):
                 a, b = as_pair(layer, {key: value.double() for key, value in of(layer, adapter).items()})
                 pairs[name] = (b * weight, a)
-        self._fold.put(index, _Products(weight, pairs))
+        self._tree.put(index, _Products(weight, pairs))
 
     def skip(self, index: int) -> None:
         """Nothing will come for a place."""
-        self._fold.put(index, None)
+        self._tree.put(index, None)
 
     def errors(self, applied: Mapping[str, Tensor]) -> dict[str, float]:
         """``||M - D||_F / ||M||_F`` for every layer whose products are known; see `aggregation_error`.
@@ -304,7 +307,7 @@ class TreeProducts:
         Args:
             applied: the adapter whose product is ``D``.
         """
-        whole = self._fold.result()
+        whole = self._tree.result()
         if whole is None:
             return {}
         errors = {}

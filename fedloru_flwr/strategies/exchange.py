@@ -1,7 +1,7 @@
 """One phase of a round: who was asked, what was made of the replies, and what is kept of them.
 
 Where the aggregate needs nothing but the weighted mean, a reply is folded into it as it comes (`Folding`), in float32,
-over a fixed tree of the clients: the result does not depend on the order of arrival, nor on who else was asked. A reply
+in a fixed order of the clients: the result does not depend on the order of arrival, nor on who else was asked. A reply
 whose acceptance depends on the others is set aside until they are there, on disk beyond 64 MiB. Otherwise all replies
 are kept (`Keeping`).
 """

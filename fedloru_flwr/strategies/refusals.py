@@ -1,4 +1,4 @@
-"""Options of a strategy that make no sense, by themselves or together: refused before anything is built or sent."""
+"""Options of a strategy that make no sense, by themselves or together: refused before anything is sent."""
 
 import math
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ def check_options(
         fractions: by name; those that must lie between 0 and 1, ``fraction_train`` among them.
         periods: those that are numbers of rounds.
         amounts: those that must not be negative.
-        max_total_bytes: see there.
-        num_clients: see there.
-        reinit: see there.
-        accumulate_into: see `wire.Settings`.
+        max_total_bytes: the class's argument of this name.
+        num_clients: likewise.
+        reinit: likewise.
+        accumulate_into: of its ``settings``.
 
     Raises:
         ValueError: one makes no sense.

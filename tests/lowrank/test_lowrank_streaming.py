@@ -166,6 +166,26 @@ def test_what_cannot_be_averaged_is_refused(tensors: dict[str, torch.Tensor], we
         mean.add(1, tensors, weight)
 
 
+@pytest.mark.parametrize("places", [1, 2, 40])
+def test_a_mean_that_was_handed_out_is_the_callers(places: int) -> None:
+    mean = TreeMean(range(places))
+    values = [torch.full((3, 4), float(place)).T for place in range(places)]
+    for place, value in enumerate(values):
+        mean.add(place, {"x": value}, 1)
+    first = mean.result()[0]["x"]
+    assert first.shape == (4, 3)
+    first.add_(100)
+    assert mean.result()[0]["x"].data_ptr() != first.data_ptr()
+    assert [value[0, 0].item() for value in values] == list(range(places))
+
+
+def test_replies_without_tensors_have_an_empty_mean() -> None:
+    mean = TreeMean(range(5))
+    for place in range(5):
+        mean.add(place, {}, 2)
+    assert mean.result() == ({}, 10)
+
+
 def test_there_is_no_mean_of_nothing() -> None:
     mean = TreeMean(range(2))
     mean.skip(0)
@@ -256,8 +276,8 @@ def folded_text(places: list[int], replied: set[int], order: list[int]) -> str |
 
 
 def test_a_run_is_merged_from_left_to_right_and_runs_are_merged_as_a_tree() -> None:
-    places = [0, 3, 5, 127, 128, 130, 256, 300, 600]
-    expected = "((((((0 3) 5) 127) (128 130)) (256 300)) 600)"
+    places = [0, 3, 5, 7, 8, 10, 16, 30, 60]
+    expected = "((((((0 3) 5) 7) (8 10)) (16 30)) 60)"
     for seed in range(20):
         order = random.Random(seed).sample(range(len(places)), len(places))
         assert folded_text(places, set(places), order) == expected
@@ -266,26 +286,30 @@ def test_a_run_is_merged_from_left_to_right_and_runs_are_merged_as_a_tree() -> N
 def test_whoever_else_was_asked_does_not_matter_to_a_fold() -> None:
     draw = random.Random(1)
     for _ in range(200):
-        places = sorted(draw.sample(range(800), draw.randint(1, 40)))
+        places = sorted(draw.sample(range(100), draw.randint(1, 40)))
         replied = set(draw.sample(places, draw.randint(1, len(places))))
         order = draw.sample(range(len(places)), len(places))
         alone = sorted(replied)
         assert folded_text(places, replied, order) == folded_text(alone, replied, list(range(len(alone))))
 
 
-def test_in_order_a_fold_holds_fewer_values_than_a_tree_and_out_of_order_those_that_wait() -> None:
-    fold, most = FixedFold(range(1000), lambda left, right: left + right), 0
-    for place in range(1000):
+def most_held(order: list[int]) -> int:
+    fold, most = FixedFold(range(len(order)), lambda left, right: left + right), 0
+    for place in order:
         fold.put(place, 1)
         most = max(most, fold.held())
-    assert most <= math.log2(1000 / 128) + 2
-    assert fold.result() == 1000
-    backwards = FixedFold(range(128), lambda left, right: left + right)
-    for place in range(127, 0, -1):
-        backwards.put(place, 1)
-    assert backwards.held() == 127
-    backwards.put(0, 1)
-    assert (backwards.held(), backwards.result()) == (0, 128)
+    assert fold.result() == len(order)
+    return most
+
+
+def test_a_fold_holds_few_values_in_order_and_little_more_while_clients_are_late() -> None:
+    assert most_held(list(range(1000))) <= math.log2(1000 / 8) + 2
+    assert most_held([*range(1, 100), 0]) <= 7 + 2 * math.log2(100)
+    assert most_held(list(reversed(range(1000)))) <= 8 + math.log2(1000 / 8) + 2
+    late = [*range(0, 1000, 50)]
+    assert most_held([place for place in range(1000) if place not in late] + late) <= len(late) * (
+        7 + 2 * math.log2(50)
+    )
 
 
 @pytest.mark.parametrize("place", [-1, 4, 2])
