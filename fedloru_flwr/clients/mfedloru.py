@@ -42,12 +42,12 @@ class MFedLoRU(ClientMethod):
         for layer in site.plan.layers:
             of = dict(shapes(layer, self.layout(site)))
             a_down, a_up, b_down, b_up = nested_keys(layer)
-            values |= {key: torch.zeros(of[key]) for key in (a_up, b_down)}
+            values |= {key: torch.zeros(of[key], dtype=layer.dtype) for key in (a_up, b_down)}
             for key in (a_down, b_up):
                 whole = max(of[key])
                 where = ("nested", site.server_round, site.client, key)
                 drawn = uniform(site.settings.seed, *where, shape=(inner, whole), bound=1.0)
-                vectors = math.sqrt(whole / inner) * orthonormal_rows(drawn)
+                vectors = math.sqrt(whole / inner) * orthonormal_rows(drawn).to(layer.dtype)
                 values[key] = vectors.T.contiguous() if key == a_down else vectors
         return values
 

@@ -40,6 +40,7 @@ class FactorisedLayer:
         weight_shape: the stored weight's shape.
         rank: ``r``.
         transposed: the weight is stored as ``(in, out)``.
+        dtype: of its factors: float32, or float64 where the weight is that.
     """
 
     name: str
@@ -47,6 +48,7 @@ class FactorisedLayer:
     weight_shape: tuple[int, ...]
     rank: int
     transposed: bool = False
+    dtype: torch.dtype = torch.float32
 
     @cached_property
     def weight_key(self) -> str:
@@ -287,7 +289,7 @@ def initial_factors(
         else:
             bound = 1.0 / math.sqrt(layer.in_features)
             a = uniform(seed, label, version, layer.name, shape=a.shape, bound=bound)
-        adapter[layer.a_key], adapter[layer.b_key] = a, b
+        adapter[layer.a_key], adapter[layer.b_key] = a.to(layer.dtype), b.to(layer.dtype)
     return adapter
 
 
@@ -301,7 +303,8 @@ def initial_hadamard(layers: Sequence[FactorisedLayer], seed: int, version: int)
         for part, key in zip(HADAMARD_PARTS, layer.hadamard_keys, strict=True):
             shape = (layer.out_features, layer.rank) if part.endswith("a") else (layer.rank, layer.in_features)
             bound = 0.0 if part == "w2_b" else 1.0 / math.sqrt(shape[1])
-            adapter[key] = uniform(seed, "factors", version, layer.name, part, shape=shape, bound=bound)
+            drawn = uniform(seed, "factors", version, layer.name, part, shape=shape, bound=bound)
+            adapter[key] = drawn.to(layer.dtype)
     return adapter
 
 

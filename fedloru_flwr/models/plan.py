@@ -122,7 +122,7 @@ class AdapterPlan:
         if self.form == "hadamard":
             return initial_hadamard(self.adapted, seed, draw)
         if self.one_sided:
-            return {layer.b_key: torch.zeros(layer.b_shape(rank)) for layer in self.layers}
+            return {layer.b_key: torch.zeros(layer.b_shape(rank), dtype=layer.dtype) for layer in self.layers}
         return initial_factors(self.adapted, seed, draw, rank=rank)
 
     def fresh_like(self, shapes: Mapping[str, Sequence[int]], seed: int, draw: int, rank: int) -> Adapter:
@@ -201,7 +201,8 @@ def _layer(name: str, module: nn.Module, kind: Kind, rank: int) -> FactorisedLay
     transposed = kind == "embedding" or _is_transposed_linear(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return FactorisedLayer(name, kind, tuple(weight.shape), rank, transposed)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return FactorisedLayer(name, kind, tuple(weight.shape), rank, transposed, dtype)
 
 
 def as_names(target_modules: TargetModules) -> tuple[str, ...]:
@@ -559,21 +560,9 @@ def build_seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
 def initial_trainables(values: Mapping[str, Tensor], plan: AdapterPlan, seed: int) -> dict[str, Tensor]:
     """The Trainables before the first round: fresh factors, and the dense leaves of the plain model's ``values``."""
     dense = {name: as_sent(values[name]) for name in plan.dense_leaves}
-    return {**fresh_factors(plan.base_of(values), plan, seed, 0), **dense}
+    return {**plan.fresh(seed, 0), **dense}
 
 
 def as_sent(tensor: Tensor) -> Tensor:
     """A tensor in the number format it travels in: float32, or float64 where it is that."""
     return tensor if tensor.dtype.itemsize == 8 else tensor.float()
-
-
-def fresh_factors(
-    base: Mapping[str, Tensor], plan: AdapterPlan, seed: int, draw: int, rank: int | None = None
-) -> dict[str, Tensor]:
-    """Fresh factors in float32, of a float64 layer in float64; by default of the layers' own rank."""
-    factors = plan.fresh(seed, draw, rank)
-    for layer in plan.adapted:
-        if base[layer.weight_key].dtype == torch.float64:
-            its = [key for key in shared_keys(layer, plan.family) if key in factors]
-            factors |= {key: factors[key].double() for key in its}
-    return factors

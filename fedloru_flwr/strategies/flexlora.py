@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import Adapter, best_pair, product
-from fedloru_flwr.models.plan import as_sent, fresh_factors
+from fedloru_flwr.models.plan import as_sent
 from fedloru_flwr.strategies.federated import Received
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
 from fedloru_flwr.strategies.state import Outcome, ServerState
@@ -55,7 +55,7 @@ class ProductStrategy(LowRankStrategy):
 
     def _reply_like(self, work: wire.Work) -> dict[str, Tensor]:
         dense = {key: self.state.trainables[key] for key in self.plan.dense_leaves}
-        return {**fresh_factors(self.state.base, self.plan, self.seed, 0, work.rank or None), **dense}
+        return {**self.plan.fresh(self.seed, 0, work.rank or None), **dense}
 
     def _common_form(self, work: wire.Work, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         products = {layer.delta_key: product(layer, tensors) for layer in self.plan.layers}

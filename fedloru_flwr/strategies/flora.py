@@ -18,7 +18,6 @@ from torch import Tensor
 from fedloru_flwr import wire
 from fedloru_flwr.lowrank import Adapter, stacked
 from fedloru_flwr.lowrank.aggregation import shares
-from fedloru_flwr.models.plan import fresh_factors
 from fedloru_flwr.strategies.federated import Received
 from fedloru_flwr.strategies.judging import distance
 from fedloru_flwr.strategies.lowrank import Accumulation, LowRankStrategy
@@ -45,14 +44,14 @@ class FLoRA(LowRankStrategy):
         return replace(state, trainables={key: state.trainables[key] for key in self.plan.dense_leaves})
 
     def _reply_like(self, work: wire.Work) -> dict[str, Tensor]:
-        factors = fresh_factors(self.state.base, self.plan, self.seed, 0, work.rank or None)
+        factors = self.plan.fresh(self.seed, 0, work.rank or None)
         return {**factors, **self.state.trainables}
 
     def _common_form(self, work: wire.Work, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: tensors[key] for key in self.state.trainables}
 
     def _update_norm(self, work: wire.Work, common: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> float:
-        drawn = fresh_factors(self.state.base, self.plan, self.seed, self.state.draw, work.rank or None)
+        drawn = self.plan.fresh(self.seed, self.state.draw, work.rank or None)
         factors = distance({key: sent[key] for key in self.plan.factor_keys}, drawn)
         return math.hypot(super()._update_norm(work, common, sent), factors)
 

@@ -40,9 +40,7 @@ class LowRankEF(LowRankStrategy):
         return {key: value for key, value in self.state.trainables.items() if key not in compressed}
 
     def _reply_like(self, work: wire.Work) -> dict[str, Tensor]:
-        pairs = initial_factors(self.plan.layers, self.seed, 0)
-        of = {key: self.state.trainables[layer.weight_key].dtype for layer in self.plan.layers for key in _keys(layer)}
-        return {**{key: value.to(of[key]) for key, value in pairs.items()}, **self._dense()}
+        return {**initial_factors(self.plan.layers, self.seed, 0), **self._dense()}
 
     def _common_form(self, work: wire.Work, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         layer_of = {layer.weight_key: layer for layer in self.plan.layers}

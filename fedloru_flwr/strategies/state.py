@@ -14,7 +14,6 @@ from fedloru_flwr.models.plan import (
     AdapterPlan,
     as_sent,
     canonical_names,
-    fresh_factors,
     initial_trainables,
     plain_state,
 )
@@ -127,7 +126,7 @@ def step(
     after = replace(after, progress=() if accumulates else progress)
     if outcome.restart or (accumulates and reinit == "reset"):
         draw = state.draw + 1
-        fresh = fresh_factors(state.base, plan, seed, draw)
+        fresh = plan.fresh(seed, draw)
         control = {key: value for key, value in state.control.items() if key not in plan.factor_keys}
         fresh = {key: value for key, value in fresh.items() if key in trainables}
         after = replace(after, trainables={**trainables, **fresh}, draw=draw, control=control)

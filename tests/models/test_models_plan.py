@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,7 +7,7 @@ from torch import nn
 
 from fedloru_flwr.lowrank import FactorisedLayer
 from fedloru_flwr.models import AdapterPlan, NetworkFactory, PlanError, plan_adapter, plan_full
-from fedloru_flwr.models.plan import as_names, canonical_names, exact_pattern, plain_state
+from fedloru_flwr.models.plan import as_names, canonical_names, exact_pattern, plain_state, plan_model
 
 CNN = NetworkFactory("cnn", (1, 8, 8), 10)()
 STAGES = [f"layer{stage}.{block}.{part}" for stage in (1, 2, 3, 4) for block in (0, 1) for part in ("conv1", "conv2")]
@@ -304,3 +305,14 @@ def test_tied_parameters_have_one_canonical_name_and_a_plain_state_is_a_copy() -
     assert torch.count_nonzero(model.tokens.weight) > 0
     assert torch.equal(state["out.weight"], model.out.weight)
     assert not any(value.requires_grad for value in state.values())
+
+
+@pytest.mark.parametrize("form", ["factors", "hadamard", "one-sided", "one-sided-orthonormal"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_fresh_factors_of_a_model_in_double_precision_are_the_same_numbers_in_it(form: str, rank: int | None) -> None:
+    single, double = (plan_model(model, form, 4, 8.0, "auto", "all") for model in (CNN, copy.deepcopy(CNN).double()))
+    found, expected = double.fresh(3, 1, rank), single.fresh(3, 1, rank)
+    assert list(found) == list(expected) == list(double.factor_keys)
+    for key, value in expected.items():
+        assert (value.dtype, found[key].dtype) == (torch.float32, torch.float64)
+        assert torch.equal(found[key], value.double())
