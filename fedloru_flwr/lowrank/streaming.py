@@ -8,6 +8,7 @@ order replies come, and whoever was asked beside those that replied.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,40 +32,19 @@ def place_of(name: str) -> int:
     return 2**63 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
 
 
-class FixedTree(Generic[T]):
-    """A binary tree over places, whose nodes are merged as soon as both halves are known.
-
-    Where they become known in their order at most as many values are held at once as the tree has levels, about
-    ``log2(n) + 1``; in any other, at most about ``2 log2(n)`` for every stretch of places that are known.
+class _Fixed(ABC, Generic[T]):
+    """What is made of the values of places, each given once, in whatever order they are given.
 
     Args:
         places: in ascending order, at least one.
-        merge: makes one value of a left and a right one; it may reuse both.
     """
 
-    def __init__(self, places: Sequence[int], merge: Callable[[T, T], T]) -> None:
+    def __init__(self, places: Sequence[int]) -> None:
         if not places:
             raise ValueError("a tree needs at least 1 place")
-        self._merge = merge
-        self._known = bytearray(len(places))
-        self._values: dict[int, T | None] = {}
-        self._root: T | None = None
-        # Node i is where the i-th place and the next one part: the higher the bit, the higher the node.
-        level = [(left ^ right).bit_length() for left, right in pairwise(places)]
         if any(right < left for left, right in pairwise(places)):
             raise ValueError("the places must be in ascending order")
-        self._above = [-1] * len(level)
-        open_nodes: list[int] = []
-        for node, height in enumerate(level):
-            below = -1
-            while open_nodes and level[open_nodes[-1]] < height:
-                below = open_nodes.pop()
-            if below >= 0:
-                self._above[below] = node
-            if open_nodes:
-                self._above[node] = open_nodes[-1]
-            open_nodes.append(node)
-        self._level = level
+        self._known = bytearray(len(places))
 
     def put(self, index: int, value: T | None) -> None:
         """Give a place its value; None: it stays empty.
@@ -79,6 +59,60 @@ class FixedTree(Generic[T]):
         if not self.is_open(index):
             raise ValueError(f"place {index} of {len(self._known)} does not exist or is known already")
         self._known[index] = 1
+        self._take(index, value)
+
+    def is_open(self, index: int) -> bool:
+        """Whether there is such a place and it is not known yet."""
+        return 0 <= index < len(self._known) and not self._known[index]
+
+    def result(self) -> T | None:
+        """What came of all, None if all are empty; places not known by now stay empty."""
+        for index, known in enumerate(bytes(self._known)):
+            if not known:
+                self.put(index, None)
+        return self._whole()
+
+    @abstractmethod
+    def _take(self, index: int, value: T | None) -> None:
+        """Make of a value what can be made of it by now."""
+
+    @abstractmethod
+    def _whole(self) -> T | None:
+        """What came of all, once all are known."""
+
+
+class FixedTree(_Fixed[T]):
+    """A binary tree over places, whose nodes are merged as soon as both halves are known.
+
+    Where they become known in their order at most as many values are held at once as the tree has levels, about
+    ``log2(n) + 1``; in any other, at most about ``2 log2(n)`` for every stretch of places that are known.
+
+    Args:
+        places: in ascending order, at least one.
+        merge: makes one value of a left and a right one; it may reuse both.
+    """
+
+    def __init__(self, places: Sequence[int], merge: Callable[[T, T], T]) -> None:
+        super().__init__(places)
+        self._merge = merge
+        self._values: dict[int, T | None] = {}
+        self._root: T | None = None
+        # Node i is where the i-th place and the next one part: the higher the bit, the higher the node.
+        level = [(left ^ right).bit_length() for left, right in pairwise(places)]
+        self._above = [-1] * len(level)
+        open_nodes: list[int] = []
+        for node, height in enumerate(level):
+            below = -1
+            while open_nodes and level[open_nodes[-1]] < height:
+                below = open_nodes.pop()
+            if below >= 0:
+                self._above[below] = node
+            if open_nodes:
+                self._above[node] = open_nodes[-1]
+            open_nodes.append(node)
+        self._level = level
+
+    def _take(self, index: int, value: T | None) -> None:
         nodes = [node for node in (index - 1, index) if 0 <= node < len(self._level)]
         node = min(nodes, key=self._level.__getitem__, default=-1)
         from_left = node == index
@@ -94,23 +128,15 @@ class FixedTree(Generic[T]):
             from_left, node = node < self._above[node], self._above[node]
         self._root = value
 
-    def is_open(self, index: int) -> bool:
-        """Whether there is such a place and it is not known yet."""
-        return 0 <= index < len(self._known) and not self._known[index]
-
     def held(self) -> int:
         """How many values are held."""
         return sum(value is not None for value in self._values.values())
 
-    def result(self) -> T | None:
-        """The whole tree's value, None if it is empty; places not known by now stay empty."""
-        for index, known in enumerate(bytes(self._known)):
-            if not known:
-                self.put(index, None)
+    def _whole(self) -> T | None:
         return self._root
 
 
-class FixedFold(Generic[T]):
+class FixedFold(_Fixed[T]):
     """Values of places merged from left to right in runs of 8 places, and the runs' values by a `FixedTree`.
 
     A run has one value, which grows in place, where a tree has one a level: that is less memory to go through. Where
@@ -123,10 +149,8 @@ class FixedFold(Generic[T]):
     """
 
     def __init__(self, places: Sequence[int], merge: Callable[[T, T], T]) -> None:
-        if any(right < left for left, right in pairwise(places)):
-            raise ValueError("the places must be in ascending order")
+        super().__init__(places)
         self._merge = merge
-        self._known = bytearray(len(places))
         starts = [i for i, place in enumerate(places) if not i or places[i - 1] >> _RUN_BITS != place >> _RUN_BITS]
         self._tree = FixedTree([places[start] >> _RUN_BITS for start in starts], merge)
         self._ends = [*starts[1:], len(places)]
@@ -134,19 +158,7 @@ class FixedFold(Generic[T]):
         self._values: list[T | None] = [None] * len(starts)
         self._early: dict[int, T | None] = {}
 
-    def put(self, index: int, value: T | None) -> None:
-        """Give a place its value; None: it stays empty.
-
-        Args:
-            index: of the place among all.
-            value: to be held.
-
-        Raises:
-            ValueError: if there is no such place, or it is known already.
-        """
-        if not self.is_open(index):
-            raise ValueError(f"place {index} of {len(self._known)} does not exist or is known already")
-        self._known[index] = 1
+    def _take(self, index: int, value: T | None) -> None:
         run = bisect_right(self._ends, index)
         self._early[index] = value
         while self._next[run] in self._early and self._next[run] < self._ends[run]:
@@ -158,20 +170,12 @@ class FixedFold(Generic[T]):
             whole, self._values[run] = self._values[run], None
             self._tree.put(run, whole)
 
-    def is_open(self, index: int) -> bool:
-        """Whether there is such a place and it is not known yet."""
-        return 0 <= index < len(self._known) and not self._known[index]
-
     def held(self) -> int:
         """How many values are held."""
         waiting = [*self._values, *self._early.values()]
         return self._tree.held() + sum(value is not None for value in waiting)
 
-    def result(self) -> T | None:
-        """The value of all, None if there is none; places not known by now stay empty."""
-        for index, known in enumerate(bytes(self._known)):
-            if not known:
-                self.put(index, None)
+    def _whole(self) -> T | None:
         return self._tree.result()
 
 

@@ -32,7 +32,6 @@ OF = {
     "flexlora": {"ranks": "2:0.5,4:0.5"},
 }
 MORE = {
-    "fedloru": {},
     "fedloru, SCAFFOLD": {"scaffold": True},
     "fedloru, FedProx": {"proximal-mu": 0.1},
     "fedloru, clipping": {"max-grad-norm": 0.5},
